@@ -1,0 +1,281 @@
+"""Oracle: all that may be asked of f at the current parameters; it counts what it was asked.
+
+    f(w) = sum_b loss_b(w) / sum_b weight_b        over micro-batches b
+
+``loss_b`` is a sum over tokens (or rows) and ``weight_b`` counts them, so ragged micro-batches are weighted by tokens and cutting the
+rows differently changes nothing beyond rounding. The exact engine is double backward with the gradient's graph built once and reused
+for every further product; autograd prunes what the requested block does not need. Everything runs under the math attention kernel
+(the fused one has no second derivative) and in the mode the model is in; the parameters' ``requires_grad`` flags are left as found.
+
+Never ``grad(jvp)``: forward AD through layer_norm followed by reverse is silently wrong in torch.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from hybridtheory import memory
+from hybridtheory.blocks import Block
+from hybridtheory.errors import UserError
+from hybridtheory.vectors import Tensors, add_, dot, zeros
+
+Batch = Any
+Blocks = Block | Sequence[Block] | None
+_Product = Callable[[Tensors, list[int], list[Tensor]], Tensors]  # (tangents, their slots, tensors wanted) -> H v on those
+
+
+class Objective(Protocol):
+    """What f is. ``forward`` is kept apart from ``loss`` so that the Gauss-Newton matrix can be had too."""
+
+    def forward(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Outputs (logits at the positions that count), any shape."""
+
+    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Sum of the loss over the batch's tokens or rows, a scalar, reduced in float32 or better."""
+
+    def weight(self, batch: Batch) -> float:
+        """How many tokens or rows that sum runs over."""
+
+
+class MeanLoss:
+    """A plain ``loss_fn(model, batch) -> mean loss`` as an Objective; a batch weighs its rows."""
+
+    def __init__(self, loss_fn: Callable[[nn.Module, Batch], Tensor]) -> None:
+        self.loss_fn = loss_fn
+
+    def forward(self, model: nn.Module, batch: Batch) -> Tensor:
+        return self.loss_fn(model, batch)
+
+    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+        return outputs * rows_in(batch)
+
+    def weight(self, batch: Batch) -> float:
+        return rows_in(batch)
+
+
+def rows_in(batch: Batch) -> int:
+    """Rows of a batch: the leading dimension of its first tensor."""
+    if isinstance(batch, Tensor):
+        return batch.shape[0] if batch.dim() else 1
+    values = batch.values() if isinstance(batch, Mapping) else batch
+    return next((rows_in(v) for v in values if isinstance(v, Tensor)), 1)
+
+
+def microbatches(batch: Batch, rows: int) -> list[Batch]:
+    """Cut a tensor, tuple or mapping of tensors along its first dimension into pieces of at most ``rows`` rows."""
+    n = rows_in(batch)
+
+    def cut(value: Any, start: int) -> Any:
+        if isinstance(value, Tensor):
+            return value[start : start + rows] if value.dim() and value.shape[0] == n else value
+        if isinstance(value, Mapping):
+            return {k: cut(v, start) for k, v in value.items()}
+        return tuple(cut(v, start) for v in value) if isinstance(value, (tuple, list)) else value
+
+    return [cut(batch, start) for start in range(0, n, rows)]
+
+
+class Oracle:
+    """Value, gradient and Hessian (or Gauss-Newton) products of f for the given blocks, at whatever the parameters are now."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        batches: Sequence[Batch],
+        blocks: Sequence[Block],
+        curvature: str = "hessian",
+        memory_limit: int | None = None,
+    ) -> None:
+        if not batches:
+            raise UserError("there is no data to measure on: the list of batches is empty")
+        if curvature not in ("hessian", "ggn"):
+            raise UserError(f"curvature is 'hessian' or 'ggn', not {curvature!r}")
+        self.model, self.objective, self.batches, self.blocks = model, objective, list(batches), list(blocks)
+        self.curvature = curvature
+        self.memory_limit = memory_limit
+        self.weights = [float(objective.weight(b)) for b in self.batches]
+        self.total_weight = sum(self.weights)
+        if not self.total_weight > 0:
+            raise UserError("no token of the data counts towards the loss: every target is masked; check labels and max length")
+        self.calls: Counter[str] = Counter()
+
+    @property
+    def device(self) -> torch.device:
+        return self.blocks[0].tensors[0].device
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Sum of the loss over one micro-batch, with its graph."""
+        with sdpa_kernel(SDPBackend.MATH):
+            return self.objective.loss(self.objective.forward(self.model, batch), batch)
+
+    @torch.no_grad()
+    def value(self, rows: Sequence[int] | None = None) -> float:
+        """f, or its part over the micro-batches ``rows``; accumulated in float64."""
+        picked = range(len(self.batches)) if rows is None else rows
+        total = sum(self.loss(self.batches[i]).double() for i in picked)
+        self.calls["value"] += 1
+        return float(total) / sum(self.weights[i] for i in picked)
+
+    def gradient(self, *blocks: Block, rows: Sequence[int] | None = None) -> list[Tensors]:
+        """One list of tensors per block, accumulated exactly over the micro-batches (or over those in ``rows``)."""
+        total: list[Tensors] = []
+        for _, _, part in self.gradients(*blocks, rows=rows):
+            total = [add_(t, p) for t, p in zip(total, part, strict=True)] if total else part
+        return total
+
+    def gradients(self, *blocks: Block, rows: Sequence[int] | None = None) -> Iterator[tuple[float, float, list[Tensors]]]:
+        """Per micro-batch: its weight's share s_b, its mean loss, and s_b times its gradient per block (they sum to the gradient)."""
+        blocks = blocks or tuple(self.blocks)
+        tensors = [t for b in blocks for t in b.tensors]
+        picked = range(len(self.batches)) if rows is None else rows
+        weight = sum(self.weights[i] for i in picked)
+        with _requires_grad(self.model, tensors):
+            for i in picked:
+                loss = self.loss(self.batches[i])
+                flat = torch.autograd.grad(loss / weight, tensors, allow_unused=True, materialize_grads=True)
+                yield self.weights[i] / weight, float(loss.detach()) / self.weights[i], _split(flat, blocks)
+        self.calls["gradient"] += 1
+
+    @contextmanager
+    def products(self, *blocks: Block) -> Iterator[Products]:
+        """The Hessian between ``blocks`` (default: all) as a map v -> H v; the graphs of the gradient live inside the context."""
+        blocks = blocks or tuple(self.blocks)
+        with _requires_grad(self.model, [t for b in blocks for t in b.tensors]):
+            products = Products(self, blocks)
+            try:
+                yield products
+            finally:
+                products.close()
+
+
+class Products:
+    """v -> H v. Graphs of micro-batches are kept while they fit in memory and rebuilt when they do not: the numbers are the same.
+
+    One graph serves every pair of blocks: a product names the blocks its tangent lives on (``inp``) and those it is wanted on
+    (``out``), and autograd visits only what connects the two.
+    """
+
+    def __init__(self, oracle: Oracle, blocks: Sequence[Block]) -> None:
+        self.oracle, self.blocks = oracle, list(blocks)
+        self._tensors = [t for b in self.blocks for t in b.tensors]
+        self._slot = {id(t): i for i, t in enumerate(self._tensors)}
+        self._kept: dict[int, _Product] = {}
+        self._all_fit: bool | None = None
+
+    def __call__(self, v: Tensors, inp: Blocks = None, out: Blocks = None) -> Tensors:
+        """H[out, inp] v: tensors aligned with ``out``'s (``out`` defaults to ``inp``, ``inp`` to all blocks of the context)."""
+        return self.many([v], inp, out)[0]
+
+    def many(self, vectors: Sequence[Tensors], inp: Blocks = None, out: Blocks = None) -> list[Tensors]:
+        """Several products: micro-batches outside, vectors inside, so that each graph is built at most once."""
+        totals: list[Tensors] = [[] for _ in vectors]
+        for _, hvs in self.each(vectors, inp, out):
+            totals = [add_(t, hv) if t else hv for t, hv in zip(totals, hvs, strict=True)]
+        return totals
+
+    def each(self, vectors: Sequence[Tensors], inp: Blocks = None, out: Blocks = None) -> Iterator[tuple[float, list[Tensors]]]:
+        """Per micro-batch: its share s_b of the weight, and s_b H_b v for every vector (they sum to H v)."""
+        inputs = _listed(inp) or self.blocks
+        outputs = _listed(out) or inputs
+        rows = [self._slot[id(t)] for b in inputs for t in b.tensors]
+        wanted = [t for b in outputs for t in b.tensors]
+        for i in range(len(self.oracle.batches)):
+            product = self._product(i)
+            yield self.oracle.weights[i] / self.oracle.total_weight, [product(v, rows, wanted) for v in vectors]
+            del product
+        self.oracle.calls["product"] += len(vectors)
+        self.oracle.calls[f"product:{'+'.join(sorted({b.group for b in inputs}))}"] += len(vectors)
+
+    def close(self) -> None:
+        self._kept.clear()
+
+    def _product(self, i: int) -> _Product:
+        if i in self._kept:
+            return self._kept[i]
+        before = memory.used(self.oracle.device)
+        build = _hessian if self.oracle.curvature == "hessian" else _gauss_newton
+        product = build(self.oracle, self.oracle.batches[i], self._tensors)
+        self.oracle.calls["graph"] += 1
+        if self._all_fit is None:
+            size = max(memory.used(self.oracle.device) - before, 0)
+            rest = size * (len(self.oracle.batches) - 1)
+            self._all_fit = rest <= memory.free(self.oracle.device, self.oracle.memory_limit) // 2
+        if self._all_fit:
+            self._kept[i] = product
+        return product
+
+
+def _hessian(oracle: Oracle, batch: Batch, tensors: list[Tensor]) -> _Product:
+    grads = torch.autograd.grad(oracle.loss(batch) / oracle.total_weight, tensors, create_graph=True, allow_unused=True)
+
+    def product(v: Tensors, rows: list[int], wanted: list[Tensor]) -> Tensors:
+        # A tensor whose gradient is constant (or absent) has no graph to go back through: its rows of H are zero.
+        live = [(grads[r], x) for r, x in zip(rows, v, strict=True) if grads[r] is not None and grads[r].requires_grad]
+        return _pullback([g for g, _ in live], wanted, [x for _, x in live])
+
+    return product
+
+
+def _gauss_newton(oracle: Oracle, batch: Batch, tensors: list[Tensor]) -> _Product:
+    """J' (d2 loss / d outputs2) J: the Hessian without the outputs' own curvature; positive semi-definite for convex losses."""
+    with sdpa_kernel(SDPBackend.MATH):
+        z = oracle.objective.forward(oracle.model, batch)
+    leaf = z.detach().requires_grad_()
+    dz = torch.autograd.grad(oracle.objective.loss(leaf, batch) / oracle.total_weight, leaf, create_graph=True)[0]
+    # J v is the derivative of u -> (J' u)'v, and that map is linear, so any u will do: reverse mode only.
+    u = torch.zeros_like(z, requires_grad=True)
+    jtu = torch.autograd.grad(z, tensors, u, create_graph=True, allow_unused=True)
+
+    def product(v: Tensors, rows: list[int], wanted: list[Tensor]) -> Tensors:
+        live = [(jtu[r], x) for r, x in zip(rows, v, strict=True) if jtu[r] is not None and jtu[r].requires_grad]
+        jv = _pullback([j for j, _ in live], [u], [x for _, x in live])
+        return _pullback([z], wanted, _pullback([dz], [leaf], jv))
+
+    return product
+
+
+def _pullback(outputs: Sequence[Tensor], inputs: list[Tensor], tangents: Sequence[Tensor]) -> Tensors:
+    """sum_i tangent_i' d output_i / d inputs, the graph kept for the next product."""
+    if not outputs:
+        return zeros(inputs)
+    tangents = [t.to(o.dtype) for t, o in zip(tangents, outputs, strict=True)]
+    return list(
+        torch.autograd.grad(outputs, inputs, tangents, retain_graph=True, allow_unused=True, materialize_grads=True)
+    )
+
+
+def _listed(blocks: Blocks) -> list[Block]:
+    return [] if blocks is None else [blocks] if isinstance(blocks, Block) else list(blocks)
+
+
+def _split(tensors: Sequence[Tensor], blocks: Sequence[Block]) -> list[Tensors]:
+    """Cut one long list of tensors into one list per block."""
+    parts, start = [], 0
+    for block in blocks:
+        parts.append(list(tensors[start : start + len(block.parameters)]))
+        start += len(block.parameters)
+    return parts
+
+
+@contextmanager
+def _requires_grad(model: nn.Module, tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Exactly ``tensors`` require gradients inside: autograd then stores and visits nothing else."""
+    before = [(p, p.requires_grad) for p in model.parameters()]
+    wanted = {id(t) for t in tensors}
+    try:
+        for p, _ in before:
+            if p.is_floating_point():
+                p.requires_grad_(id(p) in wanted)
+        with torch.enable_grad():
+            yield
+    finally:
+        for p, flag in before:
+            p.requires_grad_(flag)

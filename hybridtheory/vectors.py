@@ -1,0 +1,50 @@
+"""Vectors in parameter space are lists of tensors (one per parameter); inner products are taken in float64. Never one flat vector."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Tensors = list[Tensor]
+
+# Inner products go through float64 in pieces of this many elements, so the widened copy stays small (32 MiB).
+_CHUNK = 1 << 22
+
+
+def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    """Σ aᵢbᵢ, products and sum in float64."""
+    total = 0.0
+    for x, y in zip(a, b, strict=True):
+        x, y = x.reshape(-1), y.reshape(-1)
+        for start in range(0, x.numel(), _CHUNK):
+            total += float(torch.dot(x[start : start + _CHUNK].double(), y[start : start + _CHUNK].double()))
+    return total
+
+
+def norm(a: Sequence[Tensor]) -> float:
+    return dot(a, a) ** 0.5
+
+
+def zeros(like: Sequence[Tensor]) -> Tensors:
+    return [torch.zeros_like(t, requires_grad=False) for t in like]
+
+
+def scale(a: Sequence[Tensor], s: float) -> Tensors:
+    return list(torch._foreach_mul([t.detach() for t in a], s))
+
+
+def scale_(a: Tensors, s: float) -> Tensors:
+    torch._foreach_mul_(a, s)
+    return a
+
+
+def add_(a: Tensors, b: Sequence[Tensor], alpha: float = 1.0) -> Tensors:
+    """a += alpha b in place; returns a."""
+    torch._foreach_add_(a, list(b), alpha=alpha)
+    return a
+
+
+def clone(a: Sequence[Tensor]) -> Tensors:
+    return [t.detach().clone() for t in a]
