@@ -1,0 +1,391 @@
+"""What a probe writes down: one frozen dataclass per kind of line of a JSON-lines file.
+
+A record is what was measured or derived, with its evidence; nothing is drawn or printed from anywhere else, so a
+figure rebuilds on a laptop from a cluster's run. Reading is strict: a line with an unknown kind, an unknown or
+missing field, or a value of the wrong type is refused with the file and the line, because a silently skipped field is
+a wrong figure later.
+
+JSON has no infinity and no nan; a measurement has (a diverged loss is `inf`). A float that is not finite is written
+as one of the strings "nan", "inf", "-inf" and read back as that float. `None` means "was not measured" and nothing
+else.
+
+Fields whose metadata say volatile (time, host, argv, commit) may differ between two runs of the same measurement;
+`jsonl.stable` leaves them out, so that two runs can be compared. docs/records.md documents every kind for readers in
+other languages.
+"""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass, field
+from typing import Any, Literal
+
+SCHEMA = 0
+Interval = tuple[float, float]
+
+
+def volatile(default: Any = MISSING) -> Any:
+    """A field that may differ between two runs of the same measurement."""
+    return field(default=default, metadata={"volatile": True})
+
+
+# ---- parts of records ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its evidence; `resolved` is False when the evidence does not carry it.
+
+    stderr: standard error over the n independent vectors. residual: of a Lanczos pair, so *some* eigenvalue lies that
+    near; no bound on the largest. upper: one-sided bound that holds with probability `confidence` over the random
+    start.
+    """
+
+    value: float
+    stderr: float | None = None
+    residual: float | None = None
+    upper: float | None = None
+    confidence: float | None = None
+    n: int = 0
+    resolved: bool = True
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """name as the user gave it; sha256 of the weights; parameters counts tied weights once."""
+
+    name: str
+    sha256: str
+    parameters: int
+    architecture: str = ""
+    dtype: str = ""
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DataInfo:
+    """rows and tokens (weighted positions of the loss) that the measurement used; truncated counts rows cut at the
+    context length.
+    """
+
+    name: str
+    sha256: str
+    rows: int = 0
+    tokens: float = 0.0
+    truncated: int = 0
+    loss: str = ""
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PeftInfo:
+    """scale is alpha/r where the type has one: PEFT constants are not invariant to it, so it stands beside each of
+    them.
+    """
+
+    type: str
+    rank: int | None = None
+    alpha: float | None = None
+    scale: float | None = None
+    init: str = ""
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class BlockInfo:
+    """d parameters that share one smoothness constant; group is "base" or "peft"."""
+
+    name: str
+    group: str
+    d: int
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PreflightCheck:
+    """One numeric check: `value` (an error) against `tolerance`."""
+
+    name: str
+    value: float
+    tolerance: float
+    holds: bool
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Density:
+    """Spectral density by stochastic Lanczos quadrature: eigenvalue nodes, weights that sum to 1."""
+
+    nodes: list[float]
+    weights: list[float]
+    n: int = 0
+
+
+@dataclass(frozen=True)
+class AtScale:
+    """Curvature that a zeroth-order step of size mu sees, beside the infinitesimal one: same names as in BlockPoint."""
+
+    mu: float
+    estimates: dict[str, Estimate]
+
+
+@dataclass(frozen=True)
+class BlockPoint:
+    """One block at one point. gHg is g'Hg/|g|^2; noise is the per-row gradient variance (1/n) sum |g_i - g|^2 of the
+    block.
+    """
+
+    grad_norm: float
+    lam_max: Estimate | None = None
+    lam_min: Estimate | None = None
+    trace: Estimate | None = None
+    trace_plus: Estimate | None = None
+    trace_sq: Estimate | None = None
+    effective_rank: Estimate | None = None
+    density: Density | None = None
+    gHg: Estimate | None = None
+    at_scale: AtScale | None = None
+    noise: Estimate | None = None
+
+
+@dataclass(frozen=True)
+class Phi:
+    """phi(delta) = E_u f(w + delta u) - f(w) over the same n antithetic directions at every delta.
+
+    trace is the T of the fit phi = T delta^2/2, made on delta <= fit_up_to.
+    """
+
+    delta: list[float]
+    mean: list[float]
+    stderr: list[float]
+    n: int
+    trace: Estimate | None = None
+    fit_up_to: float | None = None
+
+
+@dataclass(frozen=True)
+class FiniteScale:
+    """Mean one-step loss change E_u[f(w - eta c u) - f(w)] with c = D_u f, on a grid of eta with paired c and u.
+
+    slopes_rms is sqrt(mean c^2) over the n directions; at_edge says that eta_star is an end of the grid, so the
+    minimum may lie beyond.
+    """
+
+    eta: list[float]
+    change: list[float]
+    stderr: list[float]
+    eta_star: float
+    interval: Interval | None
+    slopes_rms: float
+    n: int
+    at_edge: bool = False
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A learning rate (or a ratio of two) as a rule gives it; value None means that the rule cannot give one, and
+    note says why.
+
+    covers names what the interval covers (probe vectors, points, rows); uses names the end and the trace of the
+    spectrum that went in.
+    """
+
+    value: float | None
+    interval: Interval | None = None
+    covers: str = ""
+    formula: str = ""
+    theorem: str = ""
+    uses: str = ""
+    note: str = ""
+
+
+# ---- kinds of lines --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Header:
+    """First line of every file: all that is needed to repeat the measurement."""
+
+    probe: str
+    seed: int
+    model: ModelInfo
+    data: DataInfo
+    blocks: list[BlockInfo]
+    peft: PeftInfo | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    threads: int = 1
+    git: str | None = volatile(None)
+    argv: list[str] = field(default_factory=list, metadata={"volatile": True})
+    host: str = volatile("")
+    started: str = volatile("")
+    schema: int = SCHEMA
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """Whether second derivatives of this model can be trusted. "kinked": they exist almost everywhere and miss the
+    kinks (ReLU).
+    """
+
+    verdict: Literal["ok", "kinked", "refused"]
+    checks: list[PreflightCheck]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A full measurement at one point of the reference run. grad_norm is that of the full gradient.
+
+    coupling is |H_xy|_2 between base and PEFT; margin is lambda_max(D^-1/2 H D^-1/2), at most 1 where the joint
+    condition holds.
+    """
+
+    index: int
+    step: int
+    loss: float
+    grad_norm: float
+    blocks: dict[str, BlockPoint]
+    coupling: Estimate | None = None
+    margin: Estimate | None = None
+    phi: dict[str, Phi] = field(default_factory=dict)
+    finite_scale: dict[str, FiniteScale] = field(default_factory=dict)
+    seconds: float = volatile(0.0)
+
+
+@dataclass(frozen=True)
+class Secant:
+    """|g(w+h) - g(w)|/|h| on the same rows at both ends. L: of the full gradient; L_block: of this block's gradient
+    when h moves this block.
+
+    move says what h was: the run's own step, a random direction in the block, or both blocks at once. Norms are those
+    at the base end w.
+    """
+
+    step: int
+    block: str
+    move: Literal["trajectory", "random", "joint"]
+    grad_norm: float
+    block_grad_norm: float
+    radius: float
+    L: float | None
+    L_block: float | None
+    point: int | None = None
+
+
+@dataclass(frozen=True)
+class TrainStep:
+    """One step of the reference run: loss before it, gradient norm and rate per group; a rejected step was taken back
+    and the rate shrunk.
+    """
+
+    step: int
+    loss: float
+    eta: dict[str, float]
+    grad_norm: dict[str, float] = field(default_factory=dict)
+    accepted: bool = True
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """L(u) <= L0 + L1 u over u = the gradient norm; argument "block" is the stronger hypothesis with the block's own
+    norm.
+
+    span is max u / min u of the n points; below a factor 3 L1 is not identified.
+    """
+
+    block: str
+    data: Literal["spectral", "secant"]
+    method: Literal["envelope", "quantile"]
+    argument: Literal["full", "block"]
+    L0: float
+    L1: float
+    n: int
+    span: float
+    identified: bool
+    L0_interval: Interval | None = None
+    L1_interval: Interval | None = None
+    violation_rate: float | None = None
+    violation_interval: Interval | None = None
+    confidence: float = 0.95
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What one rule recommends, at the first point or as the envelope over the run (curvature grows along it)."""
+
+    rule: Literal["worst_case", "measured", "noise_limited", "finite_scale"]
+    where: Literal["first", "envelope"]
+    base: Rate | None
+    peft: Rate | None
+    ratio: Rate | None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """What trainer.toml carries; bound_by names the rule that bound each of base, peft, ratio; settings are what the
+    rates assume.
+    """
+
+    base: Rate | None
+    peft: Rate | None
+    ratio: Rate | None
+    bound_by: dict[str, str]
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Calls of the oracle (each over all rows), seconds and peak bytes; estimated before the work and actual after
+    it.
+    """
+
+    phase: Literal["estimated", "actual"]
+    gradients: float
+    products: float
+    values: float
+    seconds: float = volatile()
+    memory_bytes: int = volatile()
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Warning:
+    """Something that the reader must know before trusting a number; `about` names it."""
+
+    text: str
+    about: str = ""
+
+
+@dataclass(frozen=True)
+class End:
+    """Last line of a run that ended by itself; a run without one, or with another reason than "finished", can be
+    resumed.
+    """
+
+    reason: Literal["finished", "interrupted", "failed"]
+    note: str = ""
+
+
+Record = (
+    Header | Preflight | Point | Secant | TrainStep | Fit | Rates | Recommendation | Cost | Warning | End
+)  # each is one kind of line
+
+KINDS: dict[str, type[Any]] = {
+    "header": Header,
+    "preflight": Preflight,
+    "point": Point,
+    "secant": Secant,
+    "train_step": TrainStep,
+    "fit": Fit,
+    "rates": Rates,
+    "recommendation": Recommendation,
+    "cost": Cost,
+    "warning": Warning,
+    "end": End,
+}
+KIND_OF = {cls: kind for kind, cls in KINDS.items()}

@@ -1,0 +1,172 @@
+"""A run folder: the records of one run, appended as they are measured, and the report that was made of them.
+
+The folder appears with the first measurement, so a run that fails before it leaves nothing behind. Each line is
+flushed to the disk before the next measurement starts; a whole file (report, figure) is written beside its place and
+renamed, so that it is never seen half written.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import IO
+
+from hybridtheory.errors import UserError
+from probes.jsonl import differences, encode, read_lines
+from probes.records import End, Header, Point, Record, Secant
+
+try:
+    import fcntl
+except ImportError:  # no such lock on Windows: two commands on one folder are then not caught
+    fcntl = None  # type: ignore[assignment]
+
+RECORDS = "records.jsonl"
+MEASUREMENTS = (Point, Secant)
+
+
+def default_folder(probe: str, model: str, data: str, root: Path = Path("runs")) -> Path:
+    """runs/PROBE-MODEL-DATA, or the first of -2, -3, ... that does not exist: short, sortable, without the time of
+    day.
+    """
+    parts = (probe, Path(model).name, Path(data).name)
+    stem = "-".join(re.sub(r"[^A-Za-z0-9._]+", "-", part).strip("-.") or "x" for part in parts)
+    candidates = (root / (stem if i == 1 else f"{stem}-{i}") for i in range(1, 10_000))
+    return next(path for path in candidates if not path.exists())
+
+
+def check_free(folder: Path) -> None:
+    """UserError when `folder` cannot take a new run; called before any work."""
+    if (folder / RECORDS).exists():
+        raise UserError(f"{folder} already holds a run: add --resume to continue it, or give another --out")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: give a folder as --out")
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty and holds no run: give an empty or new folder as --out")
+    parent = next(p for p in [folder, *folder.absolute().parents] if p.exists())
+    if not os.access(parent, os.W_OK):
+        raise UserError(f"{folder} cannot be created: no permission to write in {parent}")
+
+
+def load(folder: Path | str) -> list[Record]:
+    """The records of a run folder (or of a .jsonl file), a cut-off last line left out."""
+    path = Path(folder) / RECORDS if Path(folder).is_dir() else Path(folder)
+    if not path.exists():
+        raise UserError(f"{folder} holds no run: there is no {RECORDS} in it")
+    records, _ = read_lines(path.read_bytes().decode("utf-8", errors="replace"), str(path))
+    if not records:
+        raise UserError(f"{path} holds no complete record")
+    return records
+
+
+def finished(records: Iterable[Record]) -> bool:
+    """Whether the run's last End says so."""
+    ends = [r for r in records if isinstance(r, End)]
+    return bool(ends) and ends[-1].reason == "finished"
+
+
+class RunFolder:
+    """Appends records to FOLDER/records.jsonl; the folder is made at the first Point or Secant.
+
+    resume=True keeps what is there (`.done`), cuts a last line that was not finished (`.dropped` says so) and appends;
+    the header that comes then must describe the same measurement.
+    """
+
+    def __init__(self, folder: Path | str, resume: bool = False) -> None:
+        self.path = Path(folder)
+        self.done: list[Record] = []
+        self.dropped = ""
+        self.started = False
+        self._pending: list[Record] = []
+        self._file: IO[bytes] | None = None
+        if resume:
+            self._reopen()
+        else:
+            check_free(self.path)
+
+    def append(self, record: Record) -> None:
+        """Write `record` to the disk before returning, once there is a measurement to keep."""
+        if self.started and isinstance(record, Header):
+            return self._check_same(record)
+        self._pending.append(record)
+        if self.started or isinstance(record, MEASUREMENTS):
+            self._flush()
+
+    def write(self, name: str, save: Callable[[Path], None]) -> Path:
+        """Let `save(path)` write a whole file, then rename it to FOLDER/name: readers see the old file or the new
+        one.
+        """
+        target = self.path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f".partial-{target.name}")
+        try:
+            save(partial)
+            os.replace(partial, target)
+        except OSError as error:
+            raise UserError(f"{target} could not be written: {error.strerror or error}") from error
+        finally:
+            partial.unlink(missing_ok=True)
+        return target
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _reopen(self) -> None:
+        path = self.path / RECORDS
+        if not path.exists():
+            raise UserError(f"--resume: {self.path} holds no run (no {RECORDS} in it)")
+        self._file = self._open(path)
+        raw = path.read_bytes()
+        # A line that was cut may end inside a character: cut at the last newline first, in bytes.
+        complete = raw[: raw.rfind(b"\n") + 1]
+        if len(raw) > len(complete):
+            lost = len(raw) - len(complete)
+            self.dropped = f"the last line of {path} was cut short ({lost} bytes) and is measured again"
+            self._file.truncate(len(complete))
+        self.done, _ = read_lines(complete.decode("utf-8"), str(path))
+        self.started = bool(self.done)
+
+    def _open(self, path: Path) -> IO[bytes]:
+        file = open(path, "ab", buffering=0)  # noqa: SIM115 - it stays open as long as the run
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                file.close()
+                message = f"{path} is being written by another process: wait for it, or give another --out"
+                raise UserError(message) from None
+        return file
+
+    def _check_same(self, header: Header) -> None:
+        old = next(r for r in self.done if isinstance(r, Header))
+        changed = differences(old, header)
+        if changed:
+            listed = "; ".join(changed[:3])
+            raise UserError(f"--resume: {self.path} is a run with other settings ({listed}): repeat its command")
+
+    def _flush(self) -> None:
+        lines = "".join(encode(record) + "\n" for record in self._pending)
+        try:
+            if self._file is None:
+                self.path.mkdir(parents=True, exist_ok=True)
+                self._file = self._open(self.path / RECORDS)
+            size = self._file.seek(0, os.SEEK_END)
+            try:
+                self._file.write(lines.encode("utf-8"))
+                os.fsync(self._file.fileno())
+            except OSError:
+                self._file.truncate(size)  # a full disk must not leave half a line in front of the next one
+                raise
+        except OSError as error:
+            raise UserError(f"{self.path / RECORDS} could not be written: {error.strerror or error}") from error
+        self._pending.clear()
+        self.started = True
