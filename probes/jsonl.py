@@ -135,6 +135,8 @@ def _cast(hint: Any, value: Any, where: str) -> Any:
         return _build(typing.cast(type, hint), value, where)
     if origin is list and isinstance(value, list):
         return [_cast(args[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if origin is tuple and args[-1] is ... and isinstance(value, list):
+        return tuple(_cast(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     if origin is tuple and isinstance(value, list) and len(value) == len(args):
         return tuple(_cast(a, item, f"{where}[{i}]") for i, (a, item) in enumerate(zip(args, value, strict=True)))
     if origin is dict and isinstance(value, dict):

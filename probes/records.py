@@ -19,6 +19,9 @@ from __future__ import annotations
 from dataclasses import MISSING, dataclass, field
 from typing import Any, Literal
 
+from hybridtheory.estimate import Estimate
+from hybridtheory.theory.checks import Hypothesis
+
 SCHEMA = 0
 Interval = tuple[float, float]
 
@@ -29,25 +32,6 @@ def volatile(default: Any = MISSING) -> Any:
 
 
 # ---- parts of records ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A number with its evidence; `resolved` is False when the evidence does not carry it.
-
-    stderr: standard error over the n independent vectors. residual: of a Lanczos pair, so *some* eigenvalue lies that
-    near; no bound on the largest. upper: one-sided bound that holds with probability `confidence` over the random
-    start.
-    """
-
-    value: float
-    stderr: float | None = None
-    residual: float | None = None
-    upper: float | None = None
-    confidence: float | None = None
-    n: int = 0
-    resolved: bool = True
-    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -197,6 +181,7 @@ class Rate:
     formula: str = ""
     theorem: str = ""
     uses: str = ""
+    hypotheses: tuple[Hypothesis, ...] = ()
     note: str = ""
 
 

@@ -30,6 +30,8 @@ def strategy_for(hint):
         return st.lists(strategy_for(args[0]), max_size=3)
     if origin is dict:
         return st.dictionaries(st.text(max_size=5), strategy_for(args[1]), max_size=2)
+    if origin is tuple and args[-1] is ...:
+        return st.lists(strategy_for(args[0]), max_size=2).map(tuple)
     if origin is tuple:
         return st.tuples(*map(strategy_for, args))
     if args:  # X | None
