@@ -8,7 +8,7 @@ first name it is registered under, its other names are kept in ``Block.tied``.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -98,6 +98,15 @@ def partition(
 
 def group_of(blocks: Iterable[Block], group: str) -> list[Block]:
     return [b for b in blocks if b.group == group]
+
+
+def split(tensors: Sequence[Tensor], blocks: Iterable[Block]) -> list[list[Tensor]]:
+    """Cut one list of tensors, aligned with all the blocks' parameters one after the other, into one list per block."""
+    parts, at = [], 0
+    for block in blocks:
+        parts.append(list(tensors[at : at + len(block.parameters)]))
+        at += len(block.parameters)
+    return parts
 
 
 def _aliases(model: nn.Module) -> list[tuple[list[str], nn.Parameter]]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hybridtheory import memory
-from hybridtheory.blocks import Block
+from hybridtheory.blocks import Block, split
 from hybridtheory.errors import UserError
 from hybridtheory.vectors import Tensors, add_, dot, zeros
 
@@ -141,8 +141,21 @@ class Oracle:
             for i in picked:
                 loss = self.loss(self.batches[i])
                 flat = torch.autograd.grad(loss / weight, tensors, allow_unused=True, materialize_grads=True)
-                yield self.weights[i] / weight, float(loss.detach()) / self.weights[i], _split(flat, blocks)
+                yield self.weights[i] / weight, float(loss.detach()) / self.weights[i], split(flat, blocks)
         self.calls["gradient"] += 1
+
+    @contextmanager
+    def moved(self, blocks: Block | Sequence[Block], direction: Tensors, by: float) -> Iterator[None]:
+        """The blocks' parameters are w + by * direction inside and bit for bit w after; costs one copy of the blocks."""
+        tensors = [t for b in _listed(blocks) for t in b.tensors]
+        kept = [t.data for t in tensors]
+        try:
+            for t, u in zip(tensors, direction, strict=True):
+                t.data = torch.add(t.data, u.to(t.dtype), alpha=by)
+            yield
+        finally:
+            for t, data in zip(tensors, kept, strict=True):
+                t.data = data
 
     @contextmanager
     def products(self, *blocks: Block) -> Iterator[Products]:
@@ -254,15 +267,6 @@ def _pullback(outputs: Sequence[Tensor], inputs: list[Tensor], tangents: Sequenc
 
 def _listed(blocks: Blocks) -> list[Block]:
     return [] if blocks is None else [blocks] if isinstance(blocks, Block) else list(blocks)
-
-
-def _split(tensors: Sequence[Tensor], blocks: Sequence[Block]) -> list[Tensors]:
-    """Cut one long list of tensors into one list per block."""
-    parts, start = [], 0
-    for block in blocks:
-        parts.append(list(tensors[start : start + len(block.parameters)]))
-        start += len(block.parameters)
-    return parts
 
 
 @contextmanager

@@ -13,6 +13,7 @@ Tensors = list[Tensor]
 _CHUNK = 1 << 22
 
 
+@torch.no_grad()
 def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
     """Σ aᵢbᵢ, products and sum in float64."""
     total = 0.0

@@ -1,0 +1,320 @@
+"""Curvature of f from Hessian products: both ends of the spectrum, traces, density, coupling and the joint margin.
+
+Extreme eigenvalues come from three-term Lanczos. A Ritz value approaches its end from inside, and its residual only says that *some*
+eigenvalue lies that near; where a theorem needs an upper bound on the spectrum, ``Estimate.upper`` is one that holds with a stated
+probability over the random start (see ``end_excess``). Traces are Hutchinson's, with a standard error; parts of the trace that are not
+linear in H (tr H₊) come from the same Lanczos runs by quadrature (Golub & Meurant; Ubaru, Chen & Saad 2017).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from scipy.linalg import eigh_tridiagonal
+
+from hybridtheory import streams
+from hybridtheory.blocks import Block, split
+from hybridtheory.errors import UserError
+from hybridtheory.estimate import Estimate
+from hybridtheory.oracle import Products
+from hybridtheory.vectors import Tensors, add_, dot, norm, scale, scale_
+
+Matvec = Callable[[Tensors], Tensors]
+
+# A basis up to this many elements (256 MiB in float32) is kept: orthogonality is then exact and Ritz vectors come for free.
+BASIS_ELEMENTS = 1 << 26
+
+
+@dataclass(frozen=True)
+class Lanczos:
+    """What k products with one start vector tell. ``nodes`` are Ritz values (ascending), ``weights`` squared first components."""
+
+    nodes: np.ndarray  # (k,)
+    weights: np.ndarray  # (k,), sum to 1
+    lam_max: Estimate
+    lam_min: Estimate
+    warm: Tensors | None = field(default=None, repr=False)  # sum of the two end Ritz vectors, unit norm: a start for the next point
+
+    @property
+    def steps(self) -> int:
+        return len(self.nodes)
+
+    def quadrature(self, f: Callable[[np.ndarray], np.ndarray], d: int) -> float:
+        """d Σ wᵢ f(θᵢ): an estimate of tr f(H), unbiased for a random start up to the quadrature error."""
+        return float(d * np.sum(self.weights * f(self.nodes)))
+
+
+def end_excess(d: int, steps: int, failure: float, mixed: bool = False) -> float:
+    """ε with P(λ_max − θ_max > ε (λ_max − λ_min)) ≤ failure, after ``steps`` Lanczos steps from a random start.
+
+    Assumptions: exact arithmetic (a kept basis, or few enough steps); start uniform on the sphere of R^d. ``mixed``: the start is
+                 (a + z/‖z‖)/√2 with a fixed unit vector a instead; a shifted Gaussian is no likelier to miss the top eigenvector
+                 than a centred one (Anderson's inequality), which costs a factor 2 inside the logarithm.
+    Statement:   with U the Chebyshev polynomial of the second kind, U_{2k−2}(√x) has degree k−1 in x, and testing the Krylov
+                 space with it gives: failure implies |<start, v₁>| < 1/sinh((2k−1) artanh √ε). A component of a uniform
+                 direction is below τ with probability at most τ √(2d/π). Solved for ε; capped at 1.
+    Reference:   the shape is Kuczyński & Woźniakowski 1992, Theorem 4.2; this short proof and its constants are ours.
+    """
+    if steps >= d:
+        return 0.0
+    if not 0 < failure < 1:
+        raise UserError(f"a probability of failure lies strictly between 0 and 1, got {failure}")
+    factor = math.sqrt(2 * d / math.pi) * (2.0 if mixed else 1.0) / failure
+    return math.tanh(math.asinh(factor) / (2 * steps - 1)) ** 2
+
+
+def lanczos(
+    matvec: Matvec,
+    start: Tensors,
+    max_steps: int = 60,
+    tol: float = 0.02,
+    ends: Sequence[str] = ("max", "min"),
+    min_steps: int = 4,
+    failure: float = 0.05,
+    mixed: bool = False,
+    basis: bool | None = None,
+) -> Lanczos:
+    """Both ends of the spectrum of a symmetric map, until each end in ``ends`` is resolved to the relative error ``tol``.
+
+    The error of a Ritz value is estimated as min(r, r²/gap) from its residual r and its distance to the next Ritz value. Without a kept
+    basis the vectors lose orthogonality and converged values reappear as copies: ends stay right, copies only waste steps.
+    """
+    d = sum(t.numel() for t in start)
+    steps_allowed = min(max_steps, d)
+    keep = d * steps_allowed <= BASIS_ELEMENTS if basis is None else basis
+    q = scale(start, 1 / norm(start))
+    previous: Tensors | None = None
+    stored: list[torch.Tensor] = [torch.empty(steps_allowed, t.numel(), dtype=t.dtype, device=t.device) for t in q] if keep else []
+    alphas: list[float] = []
+    betas: list[float] = []
+    beta = 0.0
+    agreed = 0  # consecutive steps at which every wanted end was resolved: one alone may rest on a neighbour not yet seen
+    while True:
+        k = len(alphas)
+        for rows, t in zip(stored, q, strict=False):
+            rows[k] = t.reshape(-1)
+        w = [t.detach() for t in matvec(q)]
+        alphas.append(dot(w, q))
+        if not math.isfinite(alphas[-1]):
+            raise UserError("a Hessian product is not finite: lower the dtype's load (use float32) or check the loss at this point")
+        add_(w, q, -alphas[-1])
+        if previous is not None:
+            add_(w, previous, -beta)
+        if stored:
+            _orthogonalise(w, stored, k + 1)
+        beta = norm(w)
+        theta, s = _tridiagonal(alphas, betas)
+        spread = max(abs(theta[0]), abs(theta[-1]))
+        # An invariant subspace: every Ritz value is an eigenvalue, and there is no next direction.
+        exhausted = k + 1 == d or beta <= 1e-7 * spread or spread == 0.0
+        # The relative errors are floored at the noise of products in the vectors' precision.
+        errors = [_error(theta, np.abs(beta * s[-1]), end) for end in (-1, 0)]
+        enough = all(
+            error <= tol * abs(theta[end]) or error <= 1e-3 * tol * spread
+            for error, end, name in zip(errors, (-1, 0), ("max", "min"), strict=True)
+            if name in ends
+        )
+        agreed = agreed + 1 if enough else 0
+        if exhausted or (agreed >= 2 and k + 1 >= min_steps) or k + 1 == steps_allowed:
+            break
+        betas.append(beta)
+        previous, q = q, scale_(w, 1 / beta)
+    residuals = np.zeros_like(theta) if exhausted else np.abs(beta * s[-1])
+    excess = 0.0 if exhausted and k + 1 == d else end_excess(d, k + 1, failure, mixed)
+    spread = theta[-1] - theta[0]
+    # Each end may lie beyond its Ritz value by ε times the *true* spread, which the two ends together bound by spread/(1−2ε).
+    outer = excess * spread / (1 - 2 * excess) if excess < 0.5 else math.inf
+
+    def end_estimate(end: int, name: str) -> Estimate:
+        error = 0.0 if exhausted else _error(theta, residuals, end)
+        resolved = error <= tol * abs(theta[end]) or error <= 1e-3 * tol * spread
+        note = "" if resolved else f"error about {error:.2g} after {k + 1} products, wanted {tol * abs(theta[end]):.2g}"
+        return Estimate(
+            float(theta[end]),
+            residual=float(residuals[end]),
+            upper=float(theta[end] + (outer if end else -outer)),
+            confidence=1 - 2 * failure,
+            n=k + 1,
+            resolved=bool(resolved) or name not in ends,
+            note=note,
+        )
+
+    warm = None
+    if stored:
+        combo = s[:, -1] / np.linalg.norm(s[:, -1]) + s[:, 0] / np.linalg.norm(s[:, 0])
+        coefficients = torch.as_tensor(combo / np.linalg.norm(combo))
+        warm = [(coefficients.to(r) @ r[: k + 1]).view_as(t) for r, t in zip(stored, start, strict=True)]
+    return Lanczos(theta, s[0] ** 2, end_estimate(-1, "max"), end_estimate(0, "min"), warm)
+
+
+def _tridiagonal(alphas: Sequence[float], betas: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    if len(alphas) == 1:
+        return np.array(alphas), np.ones((1, 1))
+    theta, s = eigh_tridiagonal(np.array(alphas), np.array(betas[: len(alphas) - 1]))
+    return theta, s
+
+
+def _error(theta: np.ndarray, residuals: np.ndarray, end: int) -> float:
+    """min(r, r²/gap) for the Ritz value at one end; copies of it (lost orthogonality) do not count as neighbours."""
+    r = float(residuals[end])
+    others = np.abs(theta - theta[end])
+    others = others[others > max(1e-6 * np.abs(theta).max(), 2 * r)]
+    return r if len(others) == 0 else min(r, r * r / float(others.min()))
+
+
+def _orthogonalise(w: Tensors, stored: list[torch.Tensor], k: int) -> None:
+    """w minus its part in the first k stored vectors, twice (once is not enough in floating point: Parlett)."""
+    for _ in range(2):
+        coefficients = sum(rows[:k] @ t.reshape(-1) for rows, t in zip(stored, w, strict=True))
+        for rows, t in zip(stored, w, strict=True):
+            t.sub_((coefficients @ rows[:k]).view_as(t))
+
+
+def spectrum(
+    hess: Products,
+    block: Block,
+    seed: int,
+    index: int = 0,
+    warm: Tensors | None = None,
+    **options: float | int,
+) -> Lanczos:
+    """Lanczos on one diagonal block H_bb from a random start, mixed with the last point's end vectors where they are given."""
+    start = streams.gaussian(block, seed, "lanczos", index)
+    if warm is not None:
+        start = add_(scale(start, 1 / norm(start)), warm, 1 / norm(warm))
+    return lanczos(lambda v: hess(v, block), start, mixed=warm is not None, **options)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Traces:
+    """Of one block: tr H_bb; Σ_c ‖H_bc‖²_F over the blocks that shared the products (tr H² when the block was alone)."""
+
+    trace: Estimate
+    trace_sq: Estimate
+    forms: np.ndarray = field(repr=False)  # (n, micro-batches): z'H_i z, the parts of each sample
+
+
+def traces(
+    hess: Products,
+    blocks: Sequence[Block],
+    seed: int,
+    tol: float = 0.1,
+    pilot: int = 8,
+    max_vectors: int = 128,
+    chunk: int = 4,
+    index: int = 0,
+) -> dict[str, Traces]:
+    """Hutchinson's trace of every block out of shared products: z_b'(Hz)_b with Rademacher z over all ``blocks``.
+
+    Each sample is unbiased for every block at once; the price is the noise of the coupling between blocks, so PEFT and base blocks
+    are measured in separate calls. Two stages, so that the stopping rule cannot bias the answer: ``pilot`` vectors set the number of
+    vectors that reaches the relative standard error ``tol`` for every block (capped), then all of them are averaged. "Not resolved"
+    means a standard error above a third of the value.
+    """
+    samples: dict[str, list[list[float]]] = {b.name: [] for b in blocks}
+    squares: dict[str, list[float]] = {b.name: [] for b in blocks}
+    count = 0
+
+    def draw(until: int) -> None:
+        nonlocal count
+        while count < until:
+            size = min(chunk, until - count)
+            per_block = [[streams.rademacher(b, seed, "trace", index, count + j) for b in blocks] for j in range(size)]
+            vectors = [[t for part in z for t in part] for z in per_block]
+            forms: list[list[list[float]]] = [[[] for _ in blocks] for _ in range(size)]
+            totals: list[Tensors] = [[] for _ in range(size)]
+            for _, hvs in hess.each(vectors, blocks):
+                for j, hv in enumerate(hvs):
+                    for i, (part, z) in enumerate(zip(split(hv, blocks), per_block[j], strict=True)):
+                        forms[j][i].append(dot(z, part))
+                    totals[j] = add_(totals[j], hv) if totals[j] else hv
+            for j in range(size):
+                for i, (block, part) in enumerate(zip(blocks, split(totals[j], blocks), strict=True)):
+                    samples[block.name].append(forms[j][i])
+                    squares[block.name].append(dot(part, part))
+            count += size
+
+    draw(min(pilot, max_vectors))
+    wanted = pilot
+    for b in blocks:
+        values = np.array([sum(s) for s in samples[b.name]])
+        mean = abs(values.mean())
+        # The pilot's own mean may be near zero by chance: what it can at least be told from is its standard error.
+        target = tol * max(mean, values.std(ddof=1) / math.sqrt(len(values)), 1e-300)
+        wanted = max(wanted, math.ceil((values.std(ddof=1) / target) ** 2))
+    draw(min(wanted, max_vectors))
+    result = {}
+    for b in blocks:
+        forms = np.array(samples[b.name])
+        result[b.name] = Traces(mean_estimate(forms.sum(axis=1)), mean_estimate(squares[b.name]), forms)
+    return result
+
+
+def mean_estimate(values: Sequence[float] | np.ndarray) -> Estimate:
+    """Mean with its standard error; not resolved above a third of the value, or with fewer than two samples."""
+    array = np.asarray(values, dtype=float)
+    n = len(array)
+    stderr = float(array.std(ddof=1) / math.sqrt(n)) if n > 1 else None
+    value = float(array.mean())
+    resolved = stderr is not None and stderr <= abs(value) / 3
+    note = "" if resolved else f"standard error {stderr if stderr is not None else math.nan:.2g} after {n} vectors"
+    return Estimate(value, stderr=stderr, n=n, resolved=resolved, note=note)
+
+
+def coupling(
+    hess: Products, x: Sequence[Block], y: Sequence[Block], seed: int, steps: int = 12, tol: float = 0.05, index: int = 0
+) -> Estimate:
+    """‖H_xy‖₂ by Golub-Kahan bidiagonalisation: products with tangents on y give H_xy v, with tangents on x give H_yx u."""
+    v: Tensors = [t for b in y for t in streams.gaussian(b, seed, "coupling", index)]
+    d = sum(t.numel() for t in v)
+    scale_(v, 1 / norm(v))
+    stored = [torch.empty(steps, t.numel(), dtype=t.dtype, device=t.device) for t in v]
+    alphas: list[float] = []
+    betas: list[float] = []
+    u: Tensors | None = None
+    agreed = 0
+    estimate = Estimate(0.0, residual=0.0, n=0)
+    for k in range(min(steps, d)):
+        for rows, t in zip(stored, v, strict=True):
+            rows[k] = t.reshape(-1)
+        p = [t.detach() for t in hess(v, y, x)]
+        if u is not None:
+            add_(p, u, -betas[-1])
+        alphas.append(norm(p))
+        if alphas[-1] == 0.0:
+            break
+        u = scale_(p, 1 / alphas[-1])
+        r = add_([t.detach() for t in hess(u, x, y)], v, -alphas[-1])
+        _orthogonalise(r, stored, k + 1)
+        betas.append(norm(r))
+        bidiagonal = np.diag(alphas) + np.diag(betas[:-1], 1)
+        left, sigma, _ = np.linalg.svd(bidiagonal)
+        residual = betas[-1] * abs(left[-1, 0])
+        gap = (sigma[0] ** 2 - sigma[1] ** 2) / sigma[0] if k else 0.0
+        error = min(residual, residual**2 / gap) if gap > 0 else residual
+        agreed = agreed + 1 if error <= tol * sigma[0] else 0
+        resolved = agreed >= 2
+        note = "" if resolved else f"error about {error:.2g} after {k + 1} pairs of products"
+        estimate = Estimate(float(sigma[0]), residual=float(residual), n=k + 1, resolved=bool(resolved), note=note)
+        if resolved or betas[-1] <= 1e-7 * sigma[0]:
+            break
+        v = scale_(r, 1 / betas[-1])
+    return estimate
+
+
+def margin(hess: Products, limits: dict[str, float], seed: int, index: int = 0, **options: float | int) -> Lanczos:
+    """Both ends of D^{-1/2} H D^{-1/2}, D = diag(L_b I): the joint condition D ⪰ H ⪰ −D holds when they lie in [−1, 1]."""
+    blocks = hess.blocks
+    bad = [b.name for b in blocks if not limits[b.name] > 0]
+    if bad:
+        raise UserError(f"the joint margin needs a positive L for every block, and it is not for {', '.join(bad)}")
+
+    def root(v: Tensors) -> Tensors:
+        return [t for b, part in zip(blocks, split(v, blocks), strict=True) for t in scale(part, limits[b.name] ** -0.5)]
+
+    start = [t for b in blocks for t in streams.gaussian(b, seed, "margin", index)]
+    return lanczos(lambda v: root(hess(root(v))), start, **options)  # type: ignore[arg-type]
