@@ -1,7 +1,7 @@
 """A claim held to account: what was measured, what was predicted or bounded, and which hypotheses were true.
 
-A `Check` that holds while a hypothesis fails is luck, and one that fails while a hypothesis fails refutes nothing: so the
-hypotheses travel with the verdict, each with its measured value and its limit.
+A `Check` that holds while a hypothesis fails is luck, and one that fails while a hypothesis fails refutes nothing: so
+the hypotheses travel with the verdict, each with its measured value and its limit.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ class Check:
     """A claim, its measured value, its bound or prediction, the hypotheses tested, and whether it holds.
 
     `relation` is "<=" or ">=" for a bound and "~" for a prediction. `stderr` is the standard error of `measured`
-    (of measured minus predicted where both are random), 0 when it is exact. `holds` is None when nothing could be decided.
+    (of measured minus predicted where both are random), 0 when it is exact. `holds` is None when nothing could be
+    decided.
     """
 
     claim: str
@@ -44,7 +45,9 @@ class Check:
 
     @property
     def slack(self) -> float:
-        """bound/measured (or predicted/measured): 1 is tight, below 1 a violated upper bound; NaN when measured is 0."""
+        """bound/measured (or predicted/measured): 1 is tight, below 1 a violated upper bound; NaN when measured is
+        0.
+        """
         target = self.bound if self.bound is not None else self.predicted
         return math.nan if target is None or self.measured == 0 else target / self.measured
 

@@ -1,22 +1,22 @@
-"""The finite-scale rule: the learning rate from forward passes alone, and the recommendation that combines all rules.
+"""The finite-scale rule: the learning rate from forward passes alone.
 
-For a ZO step with direction u and slope c the expected one-step change is Δ(η) = E_u[f(w - η c u) - f(w)]. It is measured on a
-grid of η with the *same* u at every η, without a quadratic model: where curvature grows away from w, Hessian rules at w are
-too optimistic and this one is not. c must stay paired with its u: an independent c drops the 2 g'Hg of Identity Q.
+For a ZO step with direction u and slope c the expected one-step change is Δ(η) = E_u[f(w - η c u) - f(w)]. It is
+measured on a grid of η with the *same* u at every η, without a quadratic model: where curvature grows away from w,
+Hessian rules at w are too optimistic and this one is not. c must stay paired with its u: an independent c drops the 2
+g'Hg of Identity Q.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from hybridtheory.errors import UserError
-from hybridtheory.theory.checks import finite, nonnegative, positive
+from hybridtheory.theory.checks import nonnegative, positive
 from hybridtheory.theory.step_sizes import Step
 
 Array = NDArray[np.float64]
@@ -26,9 +26,10 @@ Array = NDArray[np.float64]
 class FiniteScale:
     """Δ(η) with standard errors, and its minimiser.
 
-    `etas`, `change`, `stderr`: [n_etas]. `coefficient`: [n_etas], the control variate's weight in units of η (1 at small η).
-    `step.interval` is a bootstrap over directions. `edge` is "low" or "high" where the least change lies at the grid's end: the
-    minimiser is then only a bound, and the grid must be widened. `significant`: the least change is below zero by two standard errors.
+    `etas`, `change`, `stderr`: [n_etas]. `coefficient`: [n_etas], the control variate's weight in units of η (1 at
+    small η). `step.interval` is a bootstrap over directions. `edge` is "low" or "high" where the least change lies at
+    the grid's end: the minimiser is then only a bound, and the grid must be widened. `significant`: the least change
+    is below zero by two standard errors.
     """
 
     etas: tuple[float, ...]
@@ -63,31 +64,36 @@ def finite_scale(
         etas: [n_etas] increasing, positive, at least 3.
         changes: [n_dirs, n_etas], f(w - η c u) - f(w).
         slopes: [n_dirs], c: the slope that moved the step (from the training batch where training is by minibatches).
-        g_norm_sq: ‖g‖² of the block for the function behind `slopes`, exact or from an independent set (then with `g_norm_sq_se`).
+        g_norm_sq: ‖g‖² of the block for the function behind `slopes`, exact or from an independent set (then with
+            `g_norm_sq_se`).
         variance: σ²/b, the minibatch variance of the gradient behind `slopes`, so that E c² = ‖g‖² + variance.
-        control: "fitted" (default) or "unit". Both add a(c² - E c²) to each sample, whose mean is 0. "unit" takes a = η,
-            which removes nearly all noise at small η but nothing near the optimum, where the change is -ηc²/2 + ...; "fitted"
-            regresses a from the *other* directions, so the mean stays unbiased and the noise is 3 to 5 times lower. c² is
-            heavy-tailed, so few directions give optimistic errors: on a quadratic of effective rank 6 the true error of
-            "fitted" was 3.8, 1.9, 1.15 reported standard errors at 12, 56, 400 directions ("unit": 1.9, 1.0, 1.0).
+        control: "fitted" (default) or "unit". Both add a(c² - E c²) to each sample, whose mean is 0. "unit" takes a =
+            η, which removes nearly all noise at small η but nothing near the optimum, where the change is -ηc²/2 +
+            ...; "fitted" regresses a from the *other* directions, so the mean stays unbiased and the noise is 3 to 5
+            times lower. c² is heavy-tailed, so few directions give optimistic errors: on a quadratic of effective rank
+            6 the true error of "fitted" was 3.8, 1.9, 1.15 reported standard errors at 12, 56, 400 directions ("unit":
+            1.9, 1.0, 1.0).
         n_boot, confidence, seed: bootstrap over directions, with its own generator.
 
     Assumptions: Gaussian u (E c² = ‖g‖²; true of sphere and Rademacher too), independent directions.
     Statement:   argmin over the grid, refined by interpolating Δ(η)/η through the least point and its neighbours.
     Reference:   ours. The interval covers the sampling of directions (and of `g_norm_sq`), at this point only.
-    Raises:      UserError on shapes, fewer than 4 directions, or values that are not finite (a step that overflowed: drop that η).
+    Raises:      UserError on shapes, fewer than 4 directions, or values that are not finite (a step that overflowed:
+                 drop that η).
     """
     eta, change, c = np.asarray(etas, float), np.asarray(changes, float), np.asarray(slopes, float)
     if eta.ndim != 1 or eta.size < 3 or not (np.isfinite(eta).all() and (eta > 0).all() and (np.diff(eta) > 0).all()):
         raise UserError(f"finite_scale needs at least 3 positive, increasing etas, got {eta.tolist()}")
     if change.shape != (c.size, eta.size) or c.ndim != 1 or c.size < 4:
         raise UserError(
-            f"finite_scale needs changes [n_dirs, n_etas] with n_dirs = len(slopes) >= 4, got {change.shape} and {c.shape}"
+            f"finite_scale needs changes [n_dirs, n_etas] with n_dirs = len(slopes) >= 4, got {change.shape} and "
+            f"{c.shape}"
         )
     if not (np.isfinite(change).all() and np.isfinite(c).all()):
         bad = eta[~np.isfinite(change).all(axis=0)]
         raise UserError(
-            f"finite_scale got changes or slopes that are not finite (at eta = {bad.tolist()}): drop those etas from the grid"
+            f"finite_scale got changes or slopes that are not finite (at eta = {bad.tolist()}): drop those etas from "
+            f"the grid"
         )
     positive("finite_scale", g_norm_sq=g_norm_sq)
     nonnegative("finite_scale", g_norm_sq_se=g_norm_sq_se, variance=variance)
@@ -144,20 +150,23 @@ def finite_scale(
 
 
 def _leave_one_out_slope(x: Array, y: Array) -> Array:
-    """[n, m]: for each sample the regression slope of y on x over the other samples (so that it is independent of this one)."""
+    """[n, m]: for each sample the regression slope of y on x over the other samples (so that it is independent of this
+    one).
+    """
     n = x.size - 1
     X = x[:, None]
     sx, sy = X.sum(0) - X, y.sum(0) - y
     sxx, sxy = (X**2).sum(0) - X**2, (X * y).sum(0) - X * y
     spread = sxx - sx**2 / n
-    return (sxy - sx * sy / n) / np.where(spread > 0, spread, np.inf)
+    slope: Array = (sxy - sx * sy / n) / np.where(spread > 0, spread, np.inf)
+    return slope
 
 
 def _least(eta: Array, curves: Array) -> tuple[Array, Array, NDArray[np.intp]]:
     """Minimiser, minimum and grid index of each curve [k, n_etas].
 
-    Δ(η)/η, not Δ, is interpolated by a parabola through the least point and its neighbours: exact where Δ is the quadratic
-    of Identity Q, while a parabola in log η through points a factor 1.6 apart errs by 7 % there.
+    Δ(η)/η, not Δ, is interpolated by a parabola through the least point and its neighbours: exact where Δ is the
+    quadratic of Identity Q, while a parabola in log η through points a factor 1.6 apart errs by 7 % there.
     """
     index = np.argmin(curves, axis=1)
     mid = np.clip(index, 1, eta.size - 2)
@@ -168,8 +177,8 @@ def _least(eta: Array, curves: Array) -> tuple[Array, Array, NDArray[np.intp]]:
     p2 = ((y2 - y1) / (e2 - e1) - p) / (e2 - e0)
     p1 = p - p2 * (e0 + e1)
     p0 = y0 - p1 * e0 - p2 * e0**2
-    # η(p0 + p1 η + p2 η²) is stationary where p0 + 2 p1 η + 3 p2 η² = 0; the minimum is the root with positive slope there,
-    # written without cancellation for p2 -> 0. A least point inside the grid brackets it.
+    # η(p0 + p1 η + p2 η²) is stationary where p0 + 2 p1 η + 3 p2 η² = 0; the minimum is the root with positive slope
+    # there, written without cancellation for p2 -> 0. A least point inside the grid brackets it.
     root = p1 + np.sqrt(np.maximum(p1**2 - 3 * p0 * p2, 0.0))
     best = np.where(root != 0, -p0 / np.where(root != 0, root, 1.0), 0.0)
     inner = (index == mid) & (best > e0) & (best < e2)
@@ -191,70 +200,3 @@ def phi_trace(deltas: ArrayLike, plus: ArrayLike, minus: ArrayLike) -> tuple[Arr
         raise UserError(f"phi_trace needs deltas > 0, got {delta.tolist()}")
     implied = (p + m) / delta**2
     return implied.mean(axis=0), implied.std(axis=0, ddof=1) / math.sqrt(p.shape[0])
-
-
-def envelope(steps: Sequence[Step]) -> Step:
-    """The least of one rule's steps over the points of a trajectory: curvature grows along a run, so one point is not enough."""
-    if not steps:
-        raise UserError("envelope needs the steps of at least one point, got none")
-    finite("envelope", **{f"step_{i}": s.value for i, s in enumerate(steps)})
-    at = min(range(len(steps)), key=lambda i: steps[i].value)
-    note = f"envelope minimum: point {at} of {len(steps)}"
-    return replace(steps[at], note=f"{steps[at].note}; {note}" if steps[at].note else note)
-
-
-@dataclass(frozen=True)
-class Recommendation:
-    """One learning rate: the rule that bound it, and every candidate beside it (so that the cap can be judged)."""
-
-    step: Step
-    bound_by: str
-    candidates: dict[str, Step]
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-def capped(first: Step, **caps: Step | None) -> Recommendation:
-    """`first`, lowered to the least of the caps that are below it; a None cap is a rule that was not measured."""
-    candidates = {"rule": first, **{name: step for name, step in caps.items() if step is not None}}
-    name = min(candidates, key=lambda k: candidates[k].value)
-    chosen = candidates[name]
-    note = chosen.note
-    if name != "rule":
-        note = f"{first.theorem} alone gives {first.value:.4g}" + (f"; {note}" if note else "")
-    return Recommendation(replace(chosen, note=note), chosen.theorem, candidates)
-
-
-def recommend_base(
-    finite_scale_steps: Sequence[Step], bracket_lower_ends: Sequence[Step] = (), noise: Step | None = None
-) -> Recommendation:
-    """η_base: the envelope minimum of the finite-scale rule, not above the bracket's least lower end nor the noise-limited step.
-
-    Args: one finite-scale step a point; lower ends of the stability bracket (tr(H_+) where H is indefinite), for the points that have one;
-          the noise-limited step of the block, for minibatch training.
-    """
-    return capped(
-        envelope(finite_scale_steps),
-        stability=envelope(bracket_lower_ends) if bracket_lower_ends else None,
-        noise=noise,
-    )
-
-
-def recommend_peft(coupled_L: Sequence[float], noise: Step | None = None) -> Recommendation:
-    """η_peft: the least 1/L_y over the points, L_y after the coupling correction, not above the noise-limited step.
-
-    Points whose L_y is 0 (a flat block: LoRA before its first step) set no limit; at least one must be positive.
-    """
-    for i, L in enumerate(coupled_L):
-        nonnegative("recommend_peft", **{f"L_y at point {i}": L})
-    curved = [
-        Step(1 / L, "1/L_y after coupling", "1/(B + C sqrt(B/A))", "the upper end of H_yy and the coupling norm")
-        for L in coupled_L
-        if L > 0
-    ]
-    if not curved:
-        raise UserError(
-            f"recommend_peft needs a positive L_y at one point at least, got {list(coupled_L)}: measure after the first steps too"
-        )
-    return capped(envelope(curved), noise=noise)

@@ -1,37 +1,32 @@
 """Learning rates for one block: what each theory prescribes, from which trace, under which hypotheses.
 
-A zeroth-order (ZO) block has `d` parameters, gradient g, Hessian H and, with q averaged Gaussian queries, the curvature of a
-step is ((q+1) g'Hg + tr(H) |g|²)/q: it is the trace, not the dimension, that limits the step. The worst case replaces the
-trace by d L, which is wrong by orders of magnitude on real models; both are always returned so that they are printed side by side.
+A zeroth-order (ZO) block has `d` parameters, gradient g, Hessian H and, with q averaged Gaussian queries, the
+curvature of a step is ((q+1) g'Hg + tr(H) |g|²)/q: it is the trace, not the dimension, that limits the step. The worst
+case replaces the trace by d L, which is wrong by orders of magnitude on real models; both are always returned so that
+they are printed side by side.
 
-Which trace a rule needs: Identity Q is exact and uses tr(H) as it is, negative eigenvalues included; A0 needs M >= H, so
-tr(H_+); the edge-of-stability bracket is stated for H >= 0 only. Every step has the units of 1/H. Sources are named with each
-rule; "ours" means derived in this project, with constants that no paper states.
+Which trace a rule needs: Identity Q is exact and uses tr(H) as it is, negative eigenvalues included; A0 needs M >= H,
+    so
+tr(H_+); the edge-of-stability bracket is stated for H >= 0 only. Every step has the units of 1/H. Sources are named
+with each rule; "ours" means derived in this project, with constants that no paper states.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-from scipy.optimize import brentq
-
 from hybridtheory.errors import UserError
-from hybridtheory.theory.checks import Hypothesis, at_least, at_most, count, finite, inside, nonnegative, positive
-
-# A Ritz value this far below zero, relative to the largest, is rounding and not negative curvature.
-INDEFINITE = 1e-6
+from hybridtheory.theory.checks import Hypothesis, count, finite, nonnegative, positive
 
 
 @dataclass(frozen=True)
 class Step:
     """A learning rate with its evidence.
 
-    `uses` names the trace or the end of the spectrum that it rests on, `covers` what `interval` covers (an empty text when
-    there is no interval), `hypotheses` what was tested on the way.
+    `uses` names the trace or the end of the spectrum that it rests on, `covers` what `interval` covers (an empty text
+    when there is no interval), `hypotheses` what was tested on the way.
     """
 
     value: float
@@ -45,35 +40,6 @@ class Step:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-
-@dataclass(frozen=True)
-class Curvature:
-    """What was measured of one block at one point.
-
-    Args:
-        d: number of parameters.
-        L: upper bound on the largest eigenvalue of H (Lanczos errs low: use its probabilistic upper bound).
-        lambda_max, lambda_min: the two ends as estimated.
-        trace: tr(H), with standard error `trace_se`.
-        trace_plus: tr(H_+), the sum of the positive eigenvalues (None when no spectral density was taken), with `trace_plus_se`.
-        gHg, g_sq: g'Hg and |g|² of the block.
-        q: queries averaged per step.
-        trace_sq: tr(H²), when known.
-    """
-
-    d: int
-    L: float
-    lambda_max: float
-    lambda_min: float
-    trace: float
-    gHg: float
-    g_sq: float
-    q: int = 1
-    trace_plus: float | None = None
-    trace_se: float = 0.0
-    trace_plus_se: float = 0.0
-    trace_sq: float | None = None
 
 
 def curvature_per_gradient(d: float, q: int = 1) -> float:
@@ -104,7 +70,8 @@ def identity_q_optimum(trace: float, gHg: float, g_sq: float, q: int = 1, trace_
     """q/(tr H + (q+1) g'Hg/‖g‖²): the exact minimiser of the expected one-step change of the local quadratic model.
 
     Assumptions: f quadratic on the scale of a step; Gaussian directions; full batch; any sign of the eigenvalues.
-    Statement:   E f(w+) - f(w) = -η‖g‖² + (η²/2)((q+1) g'Hg + tr(H)‖g‖²)/q, least at this η (unbounded unless the bracket is > 0).
+    Statement:   E f(w+) - f(w) = -η‖g‖² + (η²/2)((q+1) g'Hg + tr(H)‖g‖²)/q, least at this η (unbounded unless the
+                 bracket is > 0).
     Reference:   Identity Q (ours), exact. The interval covers tr(H) ± 2 standard errors and nothing else.
     """
     finite("identity_q_optimum", trace=trace, gHg=gHg)
@@ -114,7 +81,8 @@ def identity_q_optimum(trace: float, gHg: float, g_sq: float, q: int = 1, trace_
     bend = trace + (q + 1) * gHg / g_sq
     if bend <= 0:
         raise UserError(
-            f"Identity Q has no finite best step: tr H + (q+1) g'Hg/|g|^2 = {bend:.4g} <= 0 (tr H = {trace:.4g}, g'Hg/|g|^2 = {gHg / g_sq:.4g}, "
+            f"Identity Q has no finite best step: tr H + (q+1) g'Hg/|g|^2 = {bend:.4g} <= 0 (tr H = {trace:.4g}, "
+            f"g'Hg/|g|^2 = {gHg / g_sq:.4g}, "
             f"q = {q}): the quadratic model falls for ever here; use the finite-scale rule or A0 with tr(H_+)"
         )
     low, high = bend + 2 * trace_se, bend - 2 * trace_se
@@ -153,19 +121,20 @@ def first_order(L: float, momentum: float = 0.0) -> tuple[Step, Step]:
     """(1/L, 2/L): the best guaranteed step of gradient descent and its stability limit.
 
     Assumptions: H <= L I on the segment of the step.
-    Statement:   f(w+) <= f(w) - η(1 - ηL/2)‖g‖². With heavy-ball momentum β the limit of a quadratic is 2(1+β)/L exactly, and
-                 the step with the same drift is (1-β)/L.
+    Statement:   f(w+) <= f(w) - η(1 - ηL/2)‖g‖². With heavy-ball momentum β the limit of a quadratic is 2(1+β)/L
+                 exactly, and the step with the same drift is (1-β)/L.
     Reference:   textbook (Polyak 1964 for momentum).
     """
     positive("first_order", L=L)
-    _momentum("first_order", momentum)
+    check_momentum("first_order", momentum)
     return (
         Step((1 - momentum) / L, "descent lemma", "(1-beta)/L", "the upper end L"),
         Step(2 * (1 + momentum) / L, "gradient-descent stability", "2(1+beta)/L", "the upper end L"),
     )
 
 
-def _momentum(where: str, momentum: float) -> None:
+def check_momentum(where: str, momentum: float) -> None:
+    """Refuse a momentum outside [0, 1)."""
     nonnegative(where, momentum=momentum)
     if momentum >= 1:
         raise UserError(f"{where} needs momentum in [0, 1), got {momentum:.6g}")
@@ -177,7 +146,7 @@ def with_momentum(step: Step, momentum: float) -> Step:
     Assumptions: the gradient changes little over 1/(1-β) steps.
     Reference:   textbook; the stability bracket has its own exact correction (`stability_bracket(momentum=)`).
     """
-    _momentum("with_momentum", momentum)
+    check_momentum("with_momentum", momentum)
     k = 1 - momentum
     interval = (step.interval[0] * k, step.interval[1] * k) if step.interval else None
     return Step(
@@ -190,101 +159,6 @@ def with_momentum(step: Step, momentum: float) -> Step:
         step.hypotheses,
         f"momentum beta = {momentum:g}",
     )
-
-
-@dataclass(frozen=True)
-class Bracket:
-    """The edge of stability: `lower` <= critical step <= `upper`, and the critical step itself where a spectrum gave it."""
-
-    lower: Step
-    upper: Step
-    critical: Step | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-def stability_bracket(
-    trace: float, lambda_max: float, lambda_min: float = 0.0, q: int = 1, momentum: float = 0.0
-) -> Bracket:
-    """2q(1-β)/(tr H + c λ_max) <= η* <= 2q(1-β)/tr H, with c = 1 + q(1-β)/(1+β): where the second moment of ZO-SGD diverges.
-
-    Assumptions: quadratic f with H >= 0, Gaussian two-point directions, full batch. With an indefinite H pass tr(H_+) and
-                 lambda_min = 0: the bracket of H_+ >= H.
-    Statement:   below the lower end E f stays bounded, above the upper end it diverges.
-    Reference:   arXiv 2604.14669 for q = 1 (there c = 2/(1+β)); general q ours, from the same second-moment recursion.
-    """
-    positive("stability_bracket", trace=trace, lambda_max=lambda_max)
-    finite("stability_bracket", lambda_min=lambda_min)
-    count("stability_bracket", q=q)
-    _momentum("stability_bracket", momentum)
-    tested = inside(
-        "the edge-of-stability bracket",
-        [
-            at_least("lambda_min >= 0", lambda_min, -INDEFINITE * lambda_max),
-            at_most("lambda_max <= tr H", lambda_max, trace * (1 + 1e-9)),
-        ],
-        "it is stated for H >= 0; pass tr(H_+) and lambda_min = 0 to bracket the positive part",
-    )
-    drift = 2 * q * (1 - momentum)
-    inner = 1 + q * (1 - momentum) / (1 + momentum)
-    name = "ZO edge of stability"
-    return Bracket(
-        Step(
-            drift / (trace + inner * lambda_max),
-            f"{name}, lower end",
-            "2q(1-b)/(tr H + (1 + q(1-b)/(1+b)) lambda_max)",
-            "trace and lambda_max",
-            None,
-            "",
-            tested,
-        ),
-        Step(drift / trace, f"{name}, upper end", "2q(1-b)/tr H", "trace", None, "", tested),
-    )
-
-
-def stability_root(nodes: Sequence[float], weights: Sequence[float], q: int = 1, momentum: float = 0.0) -> Bracket:
-    """The critical step itself: the root of Σ ηλ_i/(2q - c ηλ_i) = 1 in η/(1-β), c = 1 + q(1-β)/(1+β), inside its bracket.
-
-    Args:
-        nodes: eigenvalues, or the nodes of a quadrature of the spectral density.
-        weights: how many eigenvalues each node stands for (they sum to d).
-    Assumptions, reference: as `stability_bracket`; q = 1, β = 0 reads Σ ηλ_i/(2(1-ηλ_i)) = 1. Nodes below
-                 -1e-6 max(nodes) are refused (drop them to treat H_+).
-    """
-    lam, count_of = np.asarray(nodes, float), np.asarray(weights, float)
-    if (
-        lam.shape != count_of.shape
-        or lam.ndim != 1
-        or lam.size == 0
-        or not (np.isfinite(lam).all() and np.isfinite(count_of).all())
-    ):
-        raise UserError(
-            f"stability_root needs finite nodes and weights of one length, got shapes {lam.shape} and {count_of.shape}"
-        )
-    if (count_of < 0).any():
-        raise UserError(f"stability_root needs weights >= 0, got {count_of.min():.6g}")
-    bracket = stability_bracket(float(lam @ count_of), float(lam.max()), float(lam.min()), q, momentum)
-    lam = np.maximum(lam, 0.0)
-    inner = 1 + q * (1 - momentum) / (1 + momentum)
-
-    def excess(eta: float) -> float:
-        return float(np.sum(count_of * eta * lam / (2 * q - inner * eta * lam))) - 1.0
-
-    # Σ grows from -1 at 0 to infinity at the pole, and the root lies left of the pole; bisect on it, not on the bracket:
-    # with fractional weights (a quadrature) λ_max may stand for less than one eigenvalue and the root may pass the lower end.
-    pole = 2 * q / (inner * lam.max())
-    root = brentq(excess, 0.0, pole * (1 - 1e-12), xtol=0.0 + 1e-300, rtol=1e-13)
-    critical = Step(
-        root * (1 - momentum),
-        "ZO edge of stability, root",
-        "sum eta lam/(2q - c eta lam) = 1, times (1-beta)",
-        "the spectral density",
-        None,
-        "",
-        bracket.lower.hypotheses,
-    )
-    return Bracket(bracket.lower, bracket.upper, critical)
 
 
 def noise_limited(delta: float, T: float, L: float, sigma_sq: float, r: float | None, q: int = 1) -> Step:
@@ -312,7 +186,8 @@ def noise_limited(delta: float, T: float, L: float, sigma_sq: float, r: float | 
 def reshuffling(L: float, n: int, d: int | None = None) -> Step:
     """1/(16 n (d+2) L) for a ZO block, 1/(8 n L) for a first-order one (d = None): the range of Theorem D.
 
-    Assumptions: every f_i has -L I <= H <= L I in its block metric; n batches per epoch, without replacement; Gaussian directions.
+    Assumptions: every f_i has -L I <= H <= L I in its block metric; n batches per epoch, without replacement; Gaussian
+                 directions.
     Reference:   Theorem D (ours); the shape 1/(L n d) is that of arXiv 2604.09940, whose constants are not known to us.
     """
     positive("reshuffling", L=L)
@@ -337,8 +212,8 @@ def couple(A: float, B: float, C: float) -> Coupled:
     """L_x = A + C sqrt(A/B), L_y = B + C sqrt(B/A): per-block curvature alone is not a joint bound.
 
     Args: A, B: upper bounds of λ_max(H_xx), λ_max(H_yy) (or norms, for the two-sided condition). C: ‖H_xy‖.
-    Assumptions: none on H beyond those bounds. Where A or B is not positive (concave or flat block) no ratio can be kept:
-                 A and B are replaced by max(., 0) and C is added to both.
+    Assumptions: none on H beyond those bounds. Where A or B is not positive (concave or flat block) no ratio can be
+                 kept: A and B are replaced by max(., 0) and C is added to both.
     Statement:   (L_x - A)(L_y - B) >= C², hence D >= H; L_x <= 2A and L_y <= 2B when H >= 0.
     Reference:   ours (Schur complement).
     """
@@ -347,7 +222,7 @@ def couple(A: float, B: float, C: float) -> Coupled:
     if A > 0 and B > 0:
         return Coupled(A + C * math.sqrt(A / B), B + C * math.sqrt(B / A), True)
     L_x, L_y = max(A, 0.0) + C, max(B, 0.0) + C
-    note = f"A = {A:.4g} and B = {B:.4g} are not both positive, so L_x = A_+ + C and L_y = B_+ + C: the ratio of the blocks is not kept"
+    note = f"A = {A:.4g} and B = {B:.4g} are not both positive: L_x = A_+ + C, L_y = B_+ + C; no ratio is kept"
     return Coupled(L_x, L_y, False, note)
 
 
@@ -358,96 +233,8 @@ def ratio(L_x: float, L_y: float, r: float, q: int = 1) -> float:
 
 
 def noise_limited_ratio(L_x: float, L_y: float, r: float, sigma_x_sq: float, sigma_y_sq: float, q: int = 1) -> float:
-    """η_y/η_x = sqrt(((r+q+1)/q) L_x σ_x²/(L_y σ_y²)): the square-root law towards which the best ratio shrinks as T grows (ours)."""
+    """η_y/η_x = sqrt(((r+q+1)/q) L_x σ_x²/(L_y σ_y²)): the square-root law towards which the best ratio shrinks as T
+    grows (ours).
+    """
     positive("noise_limited_ratio", L_x=L_x, L_y=L_y, sigma_x_sq=sigma_x_sq, sigma_y_sq=sigma_y_sq)
     return math.sqrt(curvature_per_gradient(r, q) * L_x * sigma_x_sq / (L_y * sigma_y_sq))
-
-
-def zhang_step(L0: float, L1: float, g_norm: float) -> Step:
-    """min{1/(10 L0), 1/(10 L1 ‖g‖)}: clipped gradient descent under (L0, L1)-smoothness (Zhang et al. 2020, Thm 3; from memory)."""
-    _l0l1("zhang_step", L0, L1, g_norm)
-    value = 1 / (10 * max(L0, L1 * g_norm))
-    return Step(value, "Zhang et al. 2020, clipped GD", "min{1/(10 L0), 1/(10 L1 |g|)}", "L0, L1 and |g|")
-
-
-def vankov_step(L0: float, L1: float, g_norm: float, kind: str = "optimal") -> Step:
-    """Steps of Vankov et al. 2024 (arXiv 2410.10800; formulas from memory, re-derived) for first-order (L0, L1)-smooth descent.
-
-    Statement: f(y) <= f(x) + <g, y-x> + (L0 + L1‖g‖) φ(L1‖y-x‖)/L1², φ(t) = e^t - t - 1; "optimal" minimises it:
-               η = ln(1 + L1‖g‖/(L0 + L1‖g‖))/(L1‖g‖); "simple" is 1/(L0 + 1.5 L1‖g‖); "clip" is min{1/(2 L0), 1/(3 L1‖g‖)}.
-    """
-    _l0l1("vankov_step", L0, L1, g_norm)
-    u = L1 * g_norm
-    if kind == "optimal":
-        # The limit u -> 0 is 1/L0; log1p keeps the digits on the way there.
-        value = math.log1p(u / (L0 + u)) / u if u > 0 else 1 / L0
-        return Step(value, "Vankov et al. 2024, optimal", "ln(1 + L1|g|/(L0+L1|g|))/(L1|g|)", "L0, L1 and |g|")
-    if kind == "simple":
-        return Step(1 / (L0 + 1.5 * u), "Vankov et al. 2024, simple", "1/(L0 + 1.5 L1 |g|)", "L0, L1 and |g|")
-    if kind == "clip":
-        return Step(1 / max(2 * L0, 3 * u), "Vankov et al. 2024, clip", "min{1/(2 L0), 1/(3 L1 |g|)}", "L0, L1 and |g|")
-    raise UserError(f"vankov_step knows the kinds optimal, simple and clip, got {kind!r}")
-
-
-def vankov_decrease(L0: float, L1: float, g_norm: float) -> float:
-    """‖g‖²/(2 L0 + 3 L1‖g‖): the decrease that the optimal Vankov step guarantees (re-derived, (1+t)ln(1+t) - t >= t²/(2+t))."""
-    _l0l1("vankov_decrease", L0, L1, g_norm)
-    return g_norm**2 / (2 * L0 + 3 * L1 * g_norm)
-
-
-def gorbunov_step(L0: float, L1: float, g_norm: float) -> Step:
-    """(ν/2)/(L0 + L1‖g‖), ν = e^{-ν} = 0.567: (L0, L1)-GD of Gorbunov et al. 2024 (arXiv 2409.14989; from memory, convex f)."""
-    _l0l1("gorbunov_step", L0, L1, g_norm)
-    value = 0.5 * OMEGA / (L0 + L1 * g_norm)
-    return Step(
-        value,
-        "Gorbunov et al. 2024, (L0,L1)-GD",
-        "(nu/2)/(L0 + L1 |g|), nu = 0.567",
-        "L0, L1 and |g|",
-        note="stated for convex f",
-    )
-
-
-OMEGA = float(brentq(lambda v: v - math.exp(-v), 0.5, 0.6, xtol=1e-15))
-
-
-def _l0l1(where: str, L0: float, L1: float, g_norm: float) -> None:
-    nonnegative(where, L0=L0, L1=L1, g_norm=g_norm)
-    if L0 + L1 * g_norm <= 0:
-        raise UserError(f"{where} needs L0 + L1 |g| > 0, got L0 = {L0:.4g}, L1 = {L1:.4g}, |g| = {g_norm:.4g}")
-
-
-def block_rules(c: Curvature, momentum: float = 0.0) -> tuple[dict[str, Step], dict[str, str]]:
-    """Every ZO rule that one measured point allows, and for each that it does not, the reason.
-
-    An indefinite H uses its positive part (tr H_+) for A0 and the bracket, and says so; without tr(H_+) those rules are refused.
-    """
-    indefinite = c.lambda_min < -INDEFINITE * abs(c.lambda_max)
-    plus = c.trace_plus if c.trace_plus is not None else (None if indefinite else c.trace)
-    plus_se = c.trace_plus_se if c.trace_plus is not None else c.trace_se
-    steps: dict[str, Step] = {}
-    refused: dict[str, str] = {}
-
-    def attempt(name: str, rule: Any, *args: Any) -> None:
-        try:
-            made = rule(*args)
-        except UserError as error:
-            refused[name] = str(error)
-        else:
-            steps.update(
-                {f"{name}_{end}": getattr(made, end) for end in ("lower", "upper")}
-                if isinstance(made, Bracket)
-                else {name: made}
-            )
-
-    attempt("worst_case", worst_case, c.L, c.d, c.q)
-    attempt("identity_q", identity_q_optimum, c.trace, c.gHg, c.g_sq, c.q, c.trace_se)
-    if plus is None:
-        reason = f"H is indefinite (lambda_min = {c.lambda_min:.4g}, lambda_max = {c.lambda_max:.4g}) and tr(H_+) was not measured: take a spectral density"
-        refused.update(a0=reason, stability=reason)
-    else:
-        attempt("a0", a0_optimum, c.L, plus, c.q, plus_se)
-        attempt("stability", stability_bracket, max(plus, c.lambda_max), c.lambda_max, 0.0, c.q, momentum)
-    if momentum:
-        steps = {k: s if k.startswith("stability") else with_momentum(s, momentum) for k, s in steps.items()}
-    return steps, refused
