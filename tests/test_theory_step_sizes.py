@@ -241,7 +241,7 @@ def quadratic_samples(n, seed=0, d=100):
     u = rng.normal(size=(n, d))
     c = u @ g
     changes = -etas * c[:, None] ** 2 + 0.5 * etas**2 * (c**2 * (u**2 @ lam))[:, None]
-    mean = -etas * g @ g + 0.5 * etas**2 * (2 * g @ (lam * g) + lam.sum() * g @ g)
+    mean = -etas * (g @ g) + 0.5 * etas**2 * (2 * g @ (lam * g) + lam.sum() * (g @ g))
     return etas, changes, c, float(g @ g), exact, mean
 
 

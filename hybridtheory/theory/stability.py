@@ -106,8 +106,8 @@ def stability_root(nodes: Sequence[float], weights: Sequence[float], q: int = 1,
     def excess(eta: float) -> float:
         return float(np.sum(count_of * eta * lam / (2 * q - inner * eta * lam))) - 1.0
 
-    # Σ grows from -1 at 0 to infinity at the pole, so the root lies left of the pole. Not bracketed by the bracket: with
-    # fractional weights (a quadrature) λ_max may stand for less than one eigenvalue.
+    # Σ grows from -1 at 0 to infinity at the pole, so the root lies left of the pole. Not bracketed by the bracket:
+    # with fractional weights (a quadrature) λ_max may stand for less than one eigenvalue.
     pole = 2 * q / (inner * lam.max())
     root = brentq(excess, 0.0, pole * (1 - 1e-12), xtol=1e-300, rtol=1e-13)
     critical = Step(
