@@ -1,0 +1,243 @@
+"""Evaluate a model at w + scale·u while the parameters themselves never change, so that they are "back" bit for bit in every dtype.
+
+Adding scale·u in place and subtracting it again does not give the parameters back (in bf16 the drift is many times the update). Here a
+tensor is perturbed *where it is used*: a hook before the module's forward puts w + scale·u in the weight's place and a hook after it drops the
+copy. Only one perturbed tensor is alive at a time, autograd works inside, and each difference saves a draw.
+
+Hooks reach only weights that are read by the forward of the module that owns them. Fused attention, LSTMs, ia3 vectors or prompts are read
+from elsewhere. Which ones is not guessed from names but observed: during the first evaluation of a `Perturbation` every operation's
+operands are compared with the block's storages. A tensor whose original is touched is from then on replaced as a whole, by its
+``.data``, for as long as the perturbation lasts (one copy of those tensors), and the evaluation is repeated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from hybridtheory.blocks import Block
+from hybridtheory.errors import UserError
+from hybridtheory.estimators.law import Law, merged
+from hybridtheory.estimators.streams import Key, check_names
+
+T = TypeVar("T")
+
+
+class UncoveredRead(RuntimeError):
+    """Some weights were read unperturbed; the value of that evaluation must not be used. Evaluating again is right: they are known now."""
+
+
+class Perturbation:
+    """What it takes to perturb one block of one model; keep it for a whole run.
+
+    share  True keeps the perturbed copy of a tensor that several modules read (tied embeddings, ALBERT's layers) until its last use
+           in a forward. False draws it again for each use, and nothing beyond the largest single tensor is ever allocated.
+    """
+
+    def __init__(self, model: nn.Module, blocks: Block | Sequence[Block], share: bool = True) -> None:
+        self.model = model
+        self.block = merged(blocks)
+        self.share = share
+        if not self.block.parameters:
+            raise UserError(f"block {self.block.name!r} holds no parameter, so there is nothing to perturb: check --blocks and --peft")
+        check_names(self.block.names)
+        name_of = {id(p): name for name, p in self.block.parameters.items()}
+        self._sites: dict[nn.Module, list[tuple[str, str]]] = {}  # module -> (attribute, tensor's name in the block)
+        for module in model.modules():
+            for attribute, parameter in module._parameters.items():
+                if parameter is not None and id(parameter) in name_of:
+                    self._sites.setdefault(module, []).append((attribute, name_of[id(parameter)]))
+        missing = set(self.block.names) - {name for site in self._sites.values() for _, name in site}
+        if missing:
+            raise UserError(f"the model does not hold {sorted(missing)[0]!r} of block {self.block.name!r}: the block belongs to another model")
+        self._whole: set[str] = set()  # names that hooks do not reach
+        self.accepted: set[float] = set()  # values of mu that the weights were seen not to absorb
+        self._derived = False  # has a forward derivative shown that it reaches every tensor?
+        self._checked: dict[tuple[bool, bool], dict[str, int]] = {}  # (training, grad) -> uses of each tensor in one forward
+
+    def value(self, f: Callable[[], T], law: Law, key: Key, scale: float) -> T:
+        """f() at w + scale·u(key). f is called once, or once more for each set of tensors found to be out of the hooks' reach."""
+        while True:
+            try:
+                with self.at(law, key, scale):
+                    return f()
+            except UncoveredRead:
+                continue  # each time at least one more tensor is known, so this ends
+
+    @contextmanager
+    def at(self, law: Law, key: Key, scale: float) -> Iterator[None]:
+        """Within, the model computes at w + scale·u(key). ``law`` must be bound to the block.
+
+        With weights that hooks do not reach, a gradient must be taken before the end of the context (afterwards their ``.data`` is w again).
+        Raises UncoveredRead at the end of the first use in a mode (training, gradients on) when such weights come to light.
+        """
+        names = [n for n in self.block.names if law.touches(key, n)]
+        mode = (self.model.training, torch.is_grad_enabled())
+        observer = None if mode in self._checked else _Observer(self.block.parameters, self._whole)
+        originals: list[tuple[nn.Parameter, Tensor]] = []
+        try:
+            for name in names:
+                if name in self._whole:
+                    parameter = self.block.parameters[name]
+                    originals.append((parameter, parameter.data))
+                    parameter.data = law.shift(key, name, parameter.data, scale)
+            with self._hooked(lambda n, p: law.shift(key, n, p, scale), names, self._checked.get(mode, {}), observer):
+                yield
+        finally:
+            for parameter, data in originals:
+                parameter.data = data
+        if observer is not None:
+            raw = observer.raw.intersection(names)
+            if raw:
+                self._whole |= raw
+                raise UncoveredRead(
+                    f"{len(raw)} tensors of block {self.block.name!r} are read outside their own module's forward (first: {min(raw)!r}) and "
+                    "were not perturbed; they are known now: evaluate again (Perturbation.value does)"
+                )
+            if len(names) == len(self.block.parameters):  # a law that skips tensors has not shown how those are read
+                self._checked[mode] = {n: -(-k // max(observer.forwards, 1)) for n, k in observer.uses.items()}
+
+    def derivative(self, f: Callable[[], Tensor], law: Law, key: Key) -> tuple[float, float]:
+        """(f, D_u f) at w by forward-mode differentiation (the forward gradient of Baydin et al. 2022): no step mu, no truncation.
+
+        Runs under the math attention kernel, the only one with a forward derivative. A weight that hooks do not reach is replaced as an
+        attribute of its module; one that is read in yet another way (an LSTM's flat list) raises UserError.
+        """
+        mode = (self.model.training, False)
+        names = [n for n in self.block.names if law.touches(key, n)]
+        with torch.no_grad():
+            if mode not in self._checked:
+                self.value(f, law, key, 0.0)
+            first = not self._derived
+            observer = _Observer(self.block.parameters, set()) if first else None
+
+            def dual(name: str, w: Tensor) -> Tensor:
+                primal = w.detach().clone() if first else w.detach()  # only a copy can be told from the original by its storage
+                return forward_ad.make_dual(primal, law.fill(key, name, w).to(w.dtype))
+
+            with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
+                replaced: list[tuple[Any, str, Any]] = []
+                try:
+                    for module, site in self._sites.items():
+                        for attribute, name in site:
+                            if name in self._whole and name in names:
+                                held: Any = module._parameters
+                                replaced.append((held, attribute, held[attribute]))
+                                held[attribute] = dual(name, self.block.parameters[name])
+                    with self._hooked(dual, names, self._checked.get(mode, {}), observer):
+                        loss, tangent = forward_ad.unpack_dual(f())
+                finally:
+                    for held, attribute, parameter in replaced:
+                        held[attribute] = parameter
+            if observer is not None and observer.raw.intersection(names):
+                raise UserError(
+                    f"the exact directional derivative cannot reach {min(observer.raw)!r}, which its module reads through something else than "
+                    'its own attribute: use difference="central"'
+                )
+            self._derived = True
+            return float(loss), 0.0 if tangent is None else float(tangent)
+
+    @contextmanager
+    def _hooked(
+        self, make: Callable[[str, Tensor], Tensor], names: Sequence[str], uses: dict[str, int], observer: _Observer | None
+    ) -> Iterator[None]:
+        """Hooks that put make(name, w) in w's place while the module that owns it runs."""
+        parameters = self.block.parameters
+        covered = set(names) - self._whole
+        shared: dict[str, tuple[Tensor, int]] = {}  # name -> its copy, and how many uses of it are left in this forward
+
+        def copy_of(name: str) -> Tensor:
+            if observer is not None:
+                observer.uses[name] = observer.uses.get(name, 0) + 1
+            copy, left = shared.pop(name, (None, uses.get(name, 1)))
+            if copy is None:
+                with _muted(observer):
+                    copy = make(name, parameters[name])
+            if self.share and left > 1:
+                shared[name] = (copy, left - 1)
+            return copy
+
+        handles: list[Any] = []
+        try:
+            for module, site in self._sites.items():
+                swaps = [(a, n) for a, n in site if n in covered]
+                if swaps:
+                    handles += _swap(module, swaps, copy_of, parameters)
+            if observer is None:
+                yield
+            else:
+                handles.append(self.model.register_forward_pre_hook(lambda module, args: observer.count()))
+                with observer:
+                    yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _swap(
+    module: nn.Module, swaps: list[tuple[str, str]], copy_of: Callable[[str], Tensor], parameters: dict[str, nn.Parameter]
+) -> list[Any]:
+    held: Any = module._parameters  # a tensor in a Parameter's place: nn.Module's own setter would refuse it, attribute lookup does not
+
+    def before(module: nn.Module, args: Any) -> None:
+        for attribute, name in swaps:
+            held[attribute] = copy_of(name)
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        for attribute, name in swaps:
+            held[attribute] = parameters[name]
+
+    return [module.register_forward_pre_hook(before), module.register_forward_hook(after, always_call=True)]
+
+
+class _Observer(TorchDispatchMode):
+    """Sees which of the block's storages are operands of an operation while no hook of ours has replaced them."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter], known: set[str]) -> None:
+        super().__init__()
+        self.names: dict[int, list[str]] = {}
+        for name, parameter in parameters.items():
+            if name not in known and parameter.numel():
+                self.names.setdefault(parameter.untyped_storage().data_ptr(), []).append(name)
+        self.raw: set[str] = set()
+        self.uses: dict[str, int] = {}
+        self.forwards = 0
+        self.muted = False
+
+    def count(self) -> None:
+        self.forwards += 1
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not self.muted:
+            for leaf in tree_leaves((args, kwargs)):
+                if isinstance(leaf, Tensor) and not leaf._is_zerotensor():  # forward mode's zeros own no storage
+                    self.raw.update(self.names.get(leaf.untyped_storage().data_ptr(), ()))
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _muted(observer: _Observer | None) -> Iterator[None]:
+    if observer is None:
+        yield
+        return
+    observer.muted = True
+    try:
+        yield
+    finally:
+        observer.muted = False
+
+
+@contextmanager
+def perturbed(model: nn.Module, blocks: Block | Sequence[Block], law: Law, key: Key, scale: float) -> Iterator[None]:
+    """`Perturbation.at` for a single use; keep a `Perturbation` where there are many."""
+    plan = Perturbation(model, blocks)
+    with plan.at(law.bind(plan.block, [key]), key, scale):
+        yield

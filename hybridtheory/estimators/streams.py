@@ -1,0 +1,150 @@
+"""Random streams that are a pure function of (run seed, step, query, tensor name): no state to keep, nothing to collide.
+
+The four numbers are packed side by side into the 256-bit counter of one Philox-4x64-10 cipher (Salmon et al. 2011): for a fixed
+cipher key a counter-based generator is a *bijection* of its counter, so two different keys never share a block of random words. A hash
+into a seed cannot promise that, least of all torch's CPU ``manual_seed``, which keeps 32 bits of what it is given: 5 and 5 + 2^32 are
+one stream, and with ``seed + i`` for tensor i the directions of seeds s and s + 1 share their noise.
+
+Normal numbers come from torch's vectorised generator (3.4 ns each, against 7 to 10 ns from numpy), whose Mersenne state is filled with
+those words: the first Philox block is part of the state, so the map from keys to states is injective too. Signs are the words' own bits
+(0.3 ns each). Tensors are drawn in chunks of ``CHUNK`` elements with a counter each, so that a part of a tensor can be drawn
+without the rest, on any rank, in any order.
+
+On CUDA, signs are the same bits as on CPU; normal numbers have the same law but other values (torch draws them with its own
+Philox there, and two of our words, 126 bits, become its seed and offset). Draws are float32 whatever the parameter's dtype, so that a model's
+directions do not depend on the precision it is held in; for float64 parameters the same numbers are widened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+CHUNK = 1 << 18  # elements; large enough that filling a generator's state (5 us) vanishes, small enough to stay in cache
+_WORDS = 624  # 32-bit words of the Mersenne Twister's state
+_CIPHER = np.array([0x9E3779B97F4A7C15, 0xF39CC0605CEDC834], dtype=np.uint64)  # any constant: the key's bits are all in the counter
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """Names one direction of a run: seed < 2^64, step < 2^40, query < 2^24 (all >= 0)."""
+
+    seed: int
+    step: int = 0
+    query: int = 0
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.seed < 1 << 64 and 0 <= self.step < 1 << 40 and 0 <= self.query < 1 << 24):
+            raise ValueError(
+                f"a key needs 0 <= seed < 2^64, 0 <= step < 2^40 and 0 <= query < 2^24, got seed = {self.seed}, "
+                f"step = {self.step}, query = {self.query}: outside these two keys could share a stream"
+            )
+
+
+@lru_cache(maxsize=1 << 16)
+def name_bits(name: str) -> int:
+    """64 bits of a tensor's name, the same in every process (Python's ``hash`` is salted). `check_names` rules collisions out."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Raise ValueError where two different names of one block would share their stream (chance 1e-13 for a thousand tensors)."""
+    seen: dict[int, str] = {}
+    for name in names:
+        other = seen.setdefault(name_bits(name), name)
+        if other != name:
+            raise ValueError(f"the names {other!r} and {name!r} have the same 64-bit hash, so their directions would be equal: rename one")
+
+
+class _Local(threading.local):
+    """One cipher and one Mersenne Twister a thread, refilled at every use: making them anew costs more than a small tensor's draw."""
+
+    def __init__(self) -> None:
+        self.philox = np.random.Philox(key=_CIPHER)
+        self.state: dict[str, Any] = self.philox.state
+        self.counter: np.ndarray = self.state["state"]["counter"]
+        self.state["state"]["key"] = _CIPHER
+        self.state["buffer_pos"] = 4  # nothing buffered: the next word is the counter's own
+        self.twister = torch.Generator()
+        self.twister.manual_seed(0)
+        self.template = self.twister.get_state()
+        if self.template.numel() != 24 + 8 * _WORDS + 40:
+            raise RuntimeError(f"torch {torch.__version__} keeps the CPU generator's state in an unknown layout ({self.template.numel()} bytes)")
+        self.mersenne = self.template.numpy().view(np.uint64)[3 : 3 + _WORDS]  # a view: writing it changes the template
+
+
+_local = _Local()
+
+
+def words(key: Key, name: str, n: int, chunk: int = 0) -> np.ndarray:
+    """n random 64-bit words, shape (n,) uint64."""
+    own = _local
+    own.counter[:] = (chunk << 32, key.seed, key.step << 24 | key.query, name_bits(name))
+    own.philox.state = own.state
+    return np.asarray(own.philox.random_raw(n))
+
+
+def _refill(twister: torch.Generator, key: Key, name: str, chunk: int) -> torch.Generator:
+    if twister.device.type == "cpu":
+        # Reversed, because of the Mersenne state's first word only the top bit matters: the block that carries the injection goes last.
+        _local.mersenne[:] = words(key, name, _WORDS // 2, chunk).view(np.uint32)[::-1]
+        twister.set_state(_local.template)
+    else:
+        seed, offset = words(key, name, 2, chunk)
+        # torch's device state is (seed, offset) with an offset that is a multiple of 4; the top two bits leave room to count upwards
+        state = np.array([seed, (offset >> np.uint64(4)) << np.uint64(2)], dtype=np.uint64)
+        twister.set_state(torch.from_numpy(state.view(np.uint8).copy()))
+    return twister
+
+
+def generator(key: Key, name: str, chunk: int = 0, device: torch.device | str = "cpu") -> torch.Generator:
+    """A private torch generator at the start of the stream of (key, name, chunk)."""
+    return _refill(torch.Generator(device), key, name, chunk)
+
+
+def normal(key: Key, name: str, shape: Iterable[int], like: Tensor) -> Tensor:
+    """N(0, 1) of the given shape on ``like``'s device; float64 for float64 tensors, else float32."""
+    out = torch.empty(tuple(shape), dtype=torch.float32, device=like.device)
+    flat = out.view(-1)
+    twister = _local.twister if like.device.type == "cpu" else torch.Generator(like.device)
+    n = flat.numel()
+    for chunk, start in enumerate(range(0, n, CHUNK)):
+        part = flat if n <= CHUNK else flat[start : start + CHUNK]
+        part.normal_(generator=_refill(twister, key, name, chunk))
+    return out.double() if like.dtype == torch.float64 else out
+
+
+_SHIFTS = torch.arange(32, dtype=torch.int32)[:, None]
+_SIGN, _ONE = -(1 << 31), 0x3F800000  # float32: the sign bit, and the bits of 1.0
+
+
+def signs(key: Key, name: str, like: Tensor) -> Tensor:
+    """Independent fair signs +1.0 / -1.0 in ``like``'s shape: bit k of word j becomes the sign bit of element (k, j) of a chunk."""
+    n = like.numel()
+    whole = -(-n // CHUNK) * CHUNK if n > CHUNK else -(-n // 64) * 64
+    out = torch.empty(whole, dtype=torch.int32, device=like.device)
+    shifts = _SHIFTS.to(like.device)
+    for chunk, start in enumerate(range(0, whole, CHUNK)):
+        part = out[start : start + CHUNK].view(32, -1)
+        bits = torch.from_numpy(words(key, name, part.numel() // 64, chunk).view(np.int32)).to(like.device)
+        torch.bitwise_left_shift(bits[None], shifts, out=part)
+        part.bitwise_and_(_SIGN).bitwise_or_(_ONE)
+    u = out[:n].view(torch.float32).view(like.shape)
+    return u.double() if like.dtype == torch.float64 else u
+
+
+def integer(key: Key, name: str, below: int) -> int:
+    """A uniform integer in [0, below), exact: 64-bit words above the last full multiple of ``below`` are refused."""
+    last = (1 << 64) // below * below
+    for word in words(key, name, 64):
+        if int(word) < last:
+            return int(word) % below
+    raise RuntimeError("64 words in a row refused: not a random stream")
