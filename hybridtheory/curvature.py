@@ -73,7 +73,7 @@ def lanczos(
     max_steps: int = 60,
     tol: float = 0.02,
     ends: Sequence[str] = ("max", "min"),
-    min_steps: int = 4,
+    min_steps: int = 8,
     failure: float = 0.05,
     mixed: bool = False,
     basis: bool | None = None,
@@ -266,9 +266,21 @@ def mean_estimate(values: Sequence[float] | np.ndarray) -> Estimate:
 
 
 def coupling(
-    hess: Products, x: Sequence[Block], y: Sequence[Block], seed: int, steps: int = 12, tol: float = 0.05, index: int = 0
+    hess: Products,
+    x: Sequence[Block],
+    y: Sequence[Block],
+    seed: int,
+    max_steps: int = 16,
+    min_steps: int = 6,
+    tol: float = 0.05,
+    failure: float = 0.05,
+    index: int = 0,
 ) -> Estimate:
-    """‖H_xy‖₂ by Golub-Kahan bidiagonalisation: products with tangents on y give H_xy v, with tangents on x give H_yx u."""
+    """‖H_xy‖₂ by Golub-Kahan bidiagonalisation: products with tangents on y give H_xy v, with tangents on x give H_yx u.
+
+    ``upper`` is the bound of ``end_excess`` for H_yx H_xy, whose spectrum starts at zero: σ² ≤ θ²/(1−ε).
+    """
+    steps = max_steps
     v: Tensors = [t for b in y for t in streams.gaussian(b, seed, "coupling", index)]
     d = sum(t.numel() for t in v)
     scale_(v, 1 / norm(v))
@@ -297,9 +309,19 @@ def coupling(
         gap = (sigma[0] ** 2 - sigma[1] ** 2) / sigma[0] if k else 0.0
         error = min(residual, residual**2 / gap) if gap > 0 else residual
         agreed = agreed + 1 if error <= tol * sigma[0] else 0
-        resolved = agreed >= 2
+        resolved = agreed >= 2 and k + 1 >= min_steps
+        excess = end_excess(d, k + 1, failure)
+        upper = float(sigma[0] / math.sqrt(1 - excess)) if excess < 1 else math.inf
         note = "" if resolved else f"error about {error:.2g} after {k + 1} pairs of products"
-        estimate = Estimate(float(sigma[0]), residual=float(residual), n=k + 1, resolved=bool(resolved), note=note)
+        estimate = Estimate(
+            float(sigma[0]),
+            residual=float(residual),
+            upper=upper,
+            confidence=1 - failure,
+            n=k + 1,
+            resolved=bool(resolved),
+            note=note,
+        )
         if resolved or betas[-1] <= 1e-7 * sigma[0]:
             break
         v = scale_(r, 1 / betas[-1])

@@ -102,7 +102,7 @@ def _direction(blocks: Sequence[Block], seed: int, name: str) -> Tensors:
     result = []
     for b in blocks:
         overall = norm(b.tensors) / math.sqrt(b.numel) or 1.0
-        for t, z in zip(b.tensors, streams.gaussian(b, seed, "preflight", name), strict=True):
+        for t, z in zip(b.tensors, streams.gaussian(b, seed, f"preflight {name}"), strict=True):
             own = norm([t]) / math.sqrt(t.numel())
             result.append(z * (own or overall))
     return result

@@ -86,10 +86,10 @@ def _config(
     loaded: Loaded, kind: str, rank: int, alpha: float | None, targets: Any, virtual_tokens: int, init: bool | str
 ) -> peft.PeftConfig:
     task = _TASKS[loaded.kind]
-    if kind == "prompt":
-        return peft.PromptTuningConfig(task_type=task, num_virtual_tokens=virtual_tokens)
-    if kind == "prefix":
-        return peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=virtual_tokens)
+    if kind in ("prompt", "prefix"):
+        if virtual_tokens < 1:
+            raise UserError(f"prompt and prefix tuning need at least one virtual token, not {virtual_tokens}")
+        return _prompt_config(loaded, kind, virtual_tokens)
     if rank < 1:
         raise UserError(f"the rank of an adapter is at least 1, not {rank}")
     model = loaded.model
@@ -102,6 +102,22 @@ def _config(
     names = _targets(model, targets, "ia3")
     feed_forward = [n for n in names if n in _mapped(model, "ia3_ff") or _FEED_FORWARD_OUT.search("." + n)]
     return peft.IA3Config(task_type=task, target_modules=names, feedforward_modules=feed_forward, fan_in_fan_out=_is_conv1d(model, names))
+
+
+def _prompt_config(loaded: Loaded, kind: str, virtual_tokens: int) -> peft.PeftConfig:
+    """The sizes of prompts and prefixes are read off the model: peft guesses them from key names that not every configuration uses."""
+    model: Any = loaded.model
+    config = model.config.get_text_config()
+    width = model.get_input_embeddings().weight.shape[1]  # ALBERT and some OPT embed in fewer dimensions than they compute in
+    heads = config.num_attention_heads
+    common = {"task_type": _TASKS[loaded.kind], "num_virtual_tokens": virtual_tokens, "num_layers": config.num_hidden_layers}
+    if kind == "prompt":
+        return peft.PromptTuningConfig(token_dim=width, num_attention_heads=heads, **common)
+    # A prefix is keys and values: as wide as those are, which grouped and multi-query attention makes narrower than the hidden states.
+    size = getattr(config, "head_dim", None) or getattr(config, "d_kv", None) or config.hidden_size // heads
+    narrow = getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False)
+    groups = 1 if narrow else getattr(config, "num_kv_heads", None) or getattr(config, "num_key_value_heads", None) or heads
+    return peft.PrefixTuningConfig(token_dim=groups * size, num_attention_heads=groups, **common)
 
 
 def _mapped(model: nn.Module, kind: str) -> list[str]:

@@ -333,7 +333,7 @@ def _info(
         "data_sha256": hashlib.sha256(text.encode()).hexdigest(),
         "rows": len(rows),
         "rows_available": len(source.splits["train"]),
-        "tokens": sum(len(r["options"][r["label"] if len(r["options"]) > 1 else 0]["input_ids"]) for r in rows),
+        "tokens": sum(_length(r) for r in rows),
         "truncated": encoder.counts["truncated"],
         "loss": objective.name,
         "loss_mean_over": "rows" if objective.per_row else "tokens",
@@ -343,33 +343,67 @@ def _info(
 
 
 def _check_forward(task: Task, peft: str) -> None:
-    """One small forward pass: does the pair of model and adapter run, and are the needed positions' logits those of the full ones?"""
-    batch = task.collate(task.rows[:2])
+    """A small forward and backward pass: does the pair of model and adapter run, does the adapter take part, and are the logits of
+    the needed positions those of the full ones? Two short rows of different length, so that padding is seen too."""
+    by_length = sorted(task.rows, key=_length)
+    other = next((r for r in by_length if _length(r) > _length(by_length[0])), by_length[-1])
+    batch = task.collate([by_length[0], other])
     objective = task.objective
     try:
-        with torch.no_grad():
-            if isinstance(objective, ClassLoss):
-                objective.forward(task.model, batch)
-                return
-            full = _full(objective)
-            z = full.forward(task.model, batch)
-            try:
-                same = torch.allclose(objective.forward(task.model, batch).double(), z.double(), rtol=1e-3, atol=_tolerance(z))
-            except Exception:  # an output layer that wants its input whole
-                same = False
+        gradient = _adapter_gradient(task, batch)
+        if not isinstance(objective, ClassLoss) and not _selection_is_exact(task.model, objective, batch):
+            objective.select = False
+            task.notes.append("this output layer needs all positions: the logits of whole rows are computed")
     except (ValueError, TypeError, RuntimeError, AttributeError, IndexError, NotImplementedError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:240]
         raise UserError(
-            f"{task.info['model']} does not run with --peft {peft} ({type(error).__name__}: {reason}): choose another of {', '.join(adapters.TYPES)}"
+            f"{task.info['model']} does not run with --peft {peft} ({type(error).__name__}: {reason}): "
+            f"choose another of {', '.join(adapters.TYPES)}"
         ) from error
-    if not same:
-        objective.select = False
-        task.notes.append("this output layer needs all positions: the logits of whole rows are computed")
+    if gradient == 0.0:
+        raise UserError(
+            f"the loss of {task.info['model']} does not depend on its {task.peft_info['type']} adapter (its gradient is zero): "
+            f"the architecture ignores it, choose another of {', '.join(adapters.TYPES)}"
+        )
+
+
+def _length(row: Row) -> int:
+    return len(row["options"][_right(row)]["input_ids"])
+
+
+def _right(row: Row) -> int:
+    return row["label"] if len(row["options"]) > 1 else 0
+
+
+def _adapter_gradient(task: Task, batch: dict[str, Tensor]) -> float | None:
+    """Largest entry of the adapter's gradient on one batch; None without an adapter."""
+    found = [p for n, p in task.model.named_parameters() if p.is_floating_point() and task.is_peft(n)]
+    if not found:
+        return None
+    before = [p.requires_grad for p in task.model.parameters()]
+    try:
+        task.model.requires_grad_(False)
+        for p in found:
+            p.requires_grad_(True)
+        full = task.objective if isinstance(task.objective, ClassLoss) else _full(task.objective)
+        loss = full.loss(full.forward(task.model, batch), batch)
+        grads = torch.autograd.grad(loss, found, allow_unused=True) if loss.requires_grad else []
+    finally:
+        for p, flag in zip(task.model.parameters(), before, strict=True):
+            p.requires_grad_(flag)
+    return max((float(g.abs().max()) for g in grads if g is not None), default=0.0)
+
+
+@torch.no_grad()
+def _selection_is_exact(model: nn.Module, objective: TokenLoss, batch: dict[str, Tensor]) -> bool:
+    z = _full(objective).forward(model, batch).double()
+    try:
+        few = objective.forward(model, batch).double()
+    except Exception:  # an output layer that wants its input whole
+        return False
+    eps = torch.finfo(next(model.parameters()).dtype).eps
+    return few.shape == z.shape and float((few - z).abs().max()) <= 100 * eps * float(z.abs().max())
 
 
 def _full(objective: TokenLoss) -> TokenLoss:
     return type(objective)(per_row=objective.per_row, select=False)
-
-
-def _tolerance(z: Tensor) -> float:
-    return 100 * torch.finfo(z.dtype).eps * float(z.abs().max())

@@ -7,19 +7,23 @@ from typing import Any
 
 import torch
 import transformers as tf
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-WORDS = "it was great terrible the film a an of and in to is not good bad yes no maybe plot actor scene story dull warm sharp label text".split()
 SPECIAL = ["<pad>", "<s>", "</s>", "<mask>", "<unk>"]
-V = 64  # vocabulary of the models, a little larger than the tokenizer's
+V = 272  # 256 bytes, five special tokens, a few merges
 H, HEADS, LAYERS = 16, 2, 2
+TEXT = ["it was great", "it was terrible", "the film was great", "the story was terrible"] * 4
 
 
 def tokenizer(kind: str) -> tf.PreTrainedTokenizerFast:
-    """Words of ``WORDS``; a causal one adds nothing, a masked one wraps in <s> </s>, a seq2seq one ends in </s>."""
-    vocabulary = {w: i for i, w in enumerate(SPECIAL + WORDS)}
-    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    """Byte-level BPE; a causal one adds nothing, a masked one wraps in <s> </s>, a seq2seq one ends in </s>."""
+    inner = Tokenizer(models.BPE(unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=V, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    inner.train_from_iterator(TEXT, trainer)
     if kind in ("masked", "classification"):
         inner.post_processor = processors.TemplateProcessing(
             single="<s> $A </s>", pair="<s> $A </s> $B </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
@@ -43,7 +47,9 @@ _BERT = {
 
 CONFIGS: dict[str, tuple[str, Any]] = {
     "gpt2": ("causal", lambda: tf.GPT2Config(n_embd=H, n_head=HEADS, n_layer=LAYERS, n_positions=64, **_IDS)),
-    "gpt_neox": ("causal", lambda: tf.GPTNeoXConfig(**{**_LLAMA, "hidden_dropout": 0.1, "use_cache": False})),
+    "gpt_neox": ("causal", lambda: tf.GPTNeoXConfig(
+        hidden_size=H, num_attention_heads=HEADS, num_hidden_layers=LAYERS, intermediate_size=32, max_position_embeddings=64,
+        hidden_dropout=0.1, attention_dropout=0.1, **_IDS)),
     "opt": ("causal", lambda: tf.OPTConfig(
         hidden_size=H, num_attention_heads=HEADS, num_hidden_layers=LAYERS, ffn_dim=32, word_embed_proj_dim=H, max_position_embeddings=64,
         dropout=0.1, **_IDS)),
