@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -22,7 +23,8 @@ _TASKS = {
     "causal": peft.TaskType.CAUSAL_LM,
     "seq2seq": peft.TaskType.SEQ_2_SEQ_LM,
     "classification": peft.TaskType.SEQ_CLS,
-    "masked": peft.TaskType.FEATURE_EXTRACTION,  # peft has no masked LM; this wrapper passes the base model's output through
+    # peft has no masked LM; this wrapper passes the base model's output through
+    "masked": peft.TaskType.FEATURE_EXTRACTION,
 }
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 _KEY_VALUE = re.compile(r"\.(k|v|key|value|k_proj|v_proj|k_lin|v_lin|c_attn|query_key_value|qkv_proj|Wqkv)$")
@@ -31,7 +33,8 @@ _PREFIXES = tuple(sorted(set(PEFT_TYPE_TO_PREFIX_MAPPING.values()) - {""}))
 
 
 def is_peft(name: str) -> bool:
-    """Whether a parameter's name belongs to the adapter, for every peft type, ``modules_to_save`` and trainable tokens included."""
+    """Whether a parameter's name belongs to the adapter, for every peft type, ``modules_to_save`` and trainable
+    tokens included."""
     parts = name.split(".")
     return (
         "prompt_encoder" in parts
@@ -54,9 +57,11 @@ def attach(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The model with its adapter, and what is known about the adapter ({} without one).
 
-    kind_of_peft    "lora", "ia3", "prefix", "prompt", "none", or a folder that peft's ``save_pretrained`` wrote (safetensors).
+    kind_of_peft    "lora", "ia3", "prefix", "prompt", "none", or a folder that peft's ``save_pretrained`` wrote
+                    (safetensors).
     alpha           LoRA's numerator: the update is (alpha / rank) B A; default 2 rank.
-    targets         names of the modules to adapt (LoRA, IA3); default: peft's own for the architecture, else all attention projections.
+    targets         names of the modules to adapt (LoRA, IA3); default: peft's own for the architecture, else all
+                    attention projections.
     virtual_tokens  of prompt and prefix tuning.
     init            peft's ``init_lora_weights`` (True: A Kaiming-uniform, B zero; "gaussian", "pissa", ...).
     """
@@ -96,27 +101,56 @@ def _config(
     if kind == "lora":
         names = _targets(model, targets, "lora")
         return peft.LoraConfig(
-            task_type=task, r=rank, lora_alpha=2 * rank if alpha is None else alpha, target_modules=names, lora_dropout=0.0,
-            init_lora_weights=init, fan_in_fan_out=_is_conv1d(model, names),
-        )  # fmt: skip
+            task_type=task,
+            r=rank,
+            lora_alpha=2 * rank if alpha is None else alpha,
+            target_modules=names,
+            lora_dropout=0.0,
+            init_lora_weights=init,
+            fan_in_fan_out=_is_conv1d(model, names),
+        )
     names = _targets(model, targets, "ia3")
     feed_forward = [n for n in names if n in _mapped(model, "ia3_ff") or _FEED_FORWARD_OUT.search("." + n)]
-    return peft.IA3Config(task_type=task, target_modules=names, feedforward_modules=feed_forward, fan_in_fan_out=_is_conv1d(model, names))
+    return peft.IA3Config(
+        task_type=task, target_modules=names, feedforward_modules=feed_forward, fan_in_fan_out=_is_conv1d(model, names)
+    )
 
 
 def _prompt_config(loaded: Loaded, kind: str, virtual_tokens: int) -> peft.PeftConfig:
-    """The sizes of prompts and prefixes are read off the model: peft guesses them from key names that not every configuration uses."""
+    """The sizes of prompts and prefixes are read off the model: peft guesses them from key names that not every
+    configuration uses."""
     model: Any = loaded.model
     config = model.config.get_text_config()
-    width = model.get_input_embeddings().weight.shape[1]  # ALBERT and some OPT embed in fewer dimensions than they compute in
+    width = model.get_input_embeddings().weight.shape[
+        1
+    ]  # ALBERT and some OPT embed in fewer dimensions than they compute in
     heads = config.num_attention_heads
-    common = {"task_type": _TASKS[loaded.kind], "num_virtual_tokens": virtual_tokens, "num_layers": config.num_hidden_layers}
+    common = {
+        "task_type": _TASKS[loaded.kind],
+        "num_virtual_tokens": virtual_tokens,
+        "num_layers": config.num_hidden_layers,
+    }
     if kind == "prompt":
-        return peft.PromptTuningConfig(token_dim=width, num_attention_heads=heads, **common)
-    # A prefix is keys and values: as wide as those are, which grouped and multi-query attention makes narrower than the hidden states.
+        # Only the encoder is given a prompt; peft's default would add a second one to the parameters that nothing
+        # reads.
+        return peft.PromptTuningConfig(
+            token_dim=width, num_attention_heads=heads, num_transformer_submodules=1, **common
+        )
+    if not any("past_key_values" in inspect.signature(m.forward).parameters for m in model.modules()):
+        raise UserError(
+            f"prefix tuning puts keys and values in front of every attention, and {type(model).__name__} takes none "
+            f"(no past_key_values in its forward): choose --peft prompt, lora or ia3"
+        )
+    common["num_layers"] = (
+        getattr(config, "num_decoder_layers", None) or getattr(config, "decoder_layers", None) or common["num_layers"]
+    )
+    # A prefix is keys and values: as wide as those are, which grouped and multi-query attention makes narrower than
+    # the hidden states.
     size = getattr(config, "head_dim", None) or getattr(config, "d_kv", None) or config.hidden_size // heads
     narrow = getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False)
-    groups = 1 if narrow else getattr(config, "num_kv_heads", None) or getattr(config, "num_key_value_heads", None) or heads
+    groups = (
+        1 if narrow else getattr(config, "num_kv_heads", None) or getattr(config, "num_key_value_heads", None) or heads
+    )
     return peft.PrefixTuningConfig(token_dim=groups * size, num_attention_heads=groups, **common)
 
 
@@ -140,7 +174,8 @@ def _ends(path: str, name: str) -> bool:
 
 
 def _targets(model: nn.Module, given: Sequence[str] | str | None, kind: str) -> list[str]:
-    """Module-name endings to adapt: the user's, else peft's for this architecture, else found by what the layers are."""
+    """Module-name endings to adapt: the user's, else peft's for this architecture, else found by what the layers
+    are."""
     linears = _linears(model)
     if given is not None:
         wanted = given.split(",") if isinstance(given, str) else list(given)
@@ -150,7 +185,9 @@ def _targets(model: nn.Module, given: Sequence[str] | str | None, kind: str) -> 
             return sorted({n for n in linears if n != head})
         for name in wanted:
             if not any(_ends(path, name) for path, _ in model.named_modules()):
-                raise UserError(f"the model has no module {name!r} to adapt: its linear layers are called {', '.join(known)}")
+                raise UserError(
+                    f"the model has no module {name!r} to adapt: its linear layers are called {', '.join(known)}"
+                )
         return wanted
     mapped = [m for m in _mapped(model, kind) if any(_ends(n, m) for n in linears)]
     if mapped:
@@ -160,7 +197,10 @@ def _targets(model: nn.Module, given: Sequence[str] | str | None, kind: str) -> 
     else:
         found = {m.group(1) for n in linears for m in (_KEY_VALUE.search(n), _FEED_FORWARD_OUT.search(n)) if m}
     if not found:
-        raise UserError(f"no attention projection was found to adapt: name some with --targets, of {', '.join(sorted(set(linears))[:12])}")
+        raise UserError(
+            f"no attention projection was found to adapt: name some with --targets, of "
+            f"{', '.join(sorted(set(linears))[:12])}"
+        )
     return sorted(found)
 
 
@@ -176,20 +216,28 @@ def _is_conv1d(model: nn.Module, names: Sequence[str]) -> bool:
 
 def _wrapped(loaded: Loaded, kind: str, config: peft.PeftConfig) -> peft.PeftModel:
     try:
-        return peft.get_peft_model(loaded.model, config)  # type: ignore[arg-type]
+        return peft.get_peft_model(loaded.model, config)
     except (ValueError, KeyError, AttributeError, TypeError, NotImplementedError) as error:
-        raise UserError(f"peft cannot put {kind} on {loaded.name} ({_line(error)}): choose another of {', '.join(TYPES)}") from None
+        raise UserError(
+            f"peft cannot put {kind} on {loaded.name} ({_line(error)}): choose another of {', '.join(TYPES)}"
+        ) from None
 
 
 def _from_folder(model: nn.Module, folder: Path) -> peft.PeftModel:
     if not (folder / "adapter_config.json").is_file():
-        raise UserError(f"--peft is one of {', '.join(TYPES)} or a folder with adapter_config.json, and {folder} is neither")
+        raise UserError(
+            f"--peft is one of {', '.join(TYPES)} or a folder with adapter_config.json, and {folder} is neither"
+        )
     if not (folder / "adapter_model.safetensors").is_file():
-        raise UserError(f"the adapter {folder} has no adapter_model.safetensors: pickled weights can run code and are not read")
+        raise UserError(
+            f"the adapter {folder} has no adapter_model.safetensors: pickled weights can run code and are not read"
+        )
     try:
-        return peft.PeftModel.from_pretrained(model, str(folder), is_trainable=True)  # type: ignore[arg-type]
+        return peft.PeftModel.from_pretrained(model, str(folder), is_trainable=True)
     except (ValueError, RuntimeError, KeyError) as error:
-        raise UserError(f"the adapter {folder} does not fit the model ({_line(error)}): pass the base that it was made for") from None
+        raise UserError(
+            f"the adapter {folder} does not fit the model ({_line(error)}): pass the base that it was made for"
+        ) from None
 
 
 def _line(error: BaseException) -> str:
@@ -197,14 +245,20 @@ def _line(error: BaseException) -> str:
 
 
 def _describe(model: Any) -> dict[str, Any]:
-    """type, rank, alpha, scale, init, targets, virtual_tokens, modules_to_save: what curvature of an adapter means little without."""
+    """type, rank, alpha, scale, init, targets, virtual_tokens, modules_to_save: what curvature of an adapter means
+    little without."""
     config = model.active_peft_config
     kind = str(getattr(config.peft_type, "value", config.peft_type)).lower()
     info: dict[str, Any] = {"type": {"prefix_tuning": "prefix", "prompt_tuning": "prompt"}.get(kind, kind)}
     if kind == "lora":
         scale = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
         init = config.init_lora_weights
-        info |= {"rank": config.r, "alpha": config.lora_alpha, "scale": scale, "init": "A Kaiming-uniform, B zero" if init is True else str(init)}
+        info |= {
+            "rank": config.r,
+            "alpha": config.lora_alpha,
+            "scale": scale,
+            "init": "A Kaiming-uniform, B zero" if init is True else str(init),
+        }
     elif kind == "ia3":
         info |= {"init": "ones"}
     elif config.is_prompt_learning:
@@ -213,7 +267,9 @@ def _describe(model: Any) -> dict[str, Any]:
     if targets:
         info["targets"] = targets if isinstance(targets, str) else sorted(targets)
     if getattr(config, "modules_to_save", None):
-        saved = {m for m in config.modules_to_save if any(f".{m}.modules_to_save." in n for n, _ in model.named_parameters())}
+        saved = {
+            m for m in config.modules_to_save if any(f".{m}.modules_to_save." in n for n, _ in model.named_parameters())
+        }
         info["modules_to_save"] = sorted(saved)
     return info
 

@@ -1,7 +1,7 @@
 """Examples become token rows and rows become batches.
 
-A row is {"options": [{"input_ids", "targets", ...}, ...], "label": int}: one token sequence per option (plain text has one),
-of which a batch takes the right one (loss over the vocabulary) or all (loss over the label words).
+A row is {"options": [{"input_ids", "targets", ...}, ...], "label": int}: one token sequence per option (plain text
+has one), of which a batch takes the right one (loss over the vocabulary) or all (loss over the label words).
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class Encoder:
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
 
     def running(self, text: str) -> list[Row]:
-        """One long text cut into rows of ``max_length`` tokens; nothing is thrown away but a last piece of fewer than 2 tokens."""
+        """One long text cut into rows of ``max_length`` tokens; nothing is thrown away but a last piece of fewer than
+        2 tokens."""
         room = self.max_length - self._room()
         ids = self.ids(text)
         pieces = [ids[i : i + room] for i in range(0, len(ids), room)]
@@ -68,7 +69,9 @@ class Encoder:
             if len(ids) > room:
                 self.counts["truncated"] += 1
             if len(ids[:room]) < 2:
-                raise UserError(f"a row of the data has {len(ids)} tokens and 2 are needed to predict one: drop empty rows")
+                raise UserError(
+                    f"a row of the data has {len(ids)} tokens and 2 are needed to predict one: drop empty rows"
+                )
             return self._plain(ids[:room])
         prompts = example.prompts * (len(example.options) if len(example.prompts) == 1 else 1)
         prompts = self._fit(prompts, example.options)
@@ -76,7 +79,7 @@ class Encoder:
         self.counts["tokens"] += len(options[example.label]["input_ids"])
         return {"options": options, "label": example.label}
 
-    # --- one sequence ---------------------------------------------------------------------------------------------------------
+    # --- one sequence -------------------------------------------------------------------------------------------------
 
     def _room(self) -> int:
         """Positions that a plain text cannot have; a causal model's last token is predicted and never read."""
@@ -98,7 +101,8 @@ class Encoder:
     def _continued(self, prompt: Prompt, option: str) -> dict[str, list[int]]:
         asked = prompt.before + prompt.passage + prompt.after
         head, both = self.ids(asked), self.ids(asked + option)
-        # Where the tokenizer merges across the border the option is tokenised alone: the prompt then is the same for all options.
+        # Where the tokenizer merges across the border the option is tokenised alone: the prompt then is the same for
+        # all options.
         tail = both[len(head) :] if both[: len(head)] == head and len(both) > len(head) else self.ids(option)
         if not tail:
             raise UserError(f"the answer {option!r} has no token in this tokenizer: choose other label words")
@@ -129,7 +133,9 @@ class Encoder:
 
     def _classified(self, example: Example) -> Row:
         if not example.text:
-            raise UserError("this task compares continuations and has no form for a classification head: use a language model")
+            raise UserError(
+                "this task compares continuations and has no form for a classification head: use a language model"
+            )
         whole = self.tokenizer(*example.text, verbose=False)["input_ids"]
         self.counts["truncated"] += len(whole) > self.max_length
         out = self.tokenizer(*example.text, truncation=True, max_length=self.max_length, verbose=False)
@@ -137,10 +143,11 @@ class Encoder:
         option = {k: list(out[k]) for k in ("input_ids", "token_type_ids") if k in out}
         return {"options": [option], "label": example.label}
 
-    # --- long texts -----------------------------------------------------------------------------------------------------------
+    # --- long texts ---------------------------------------------------------------------------------------------------
 
     def _fit(self, prompts: Sequence[Prompt], options: Sequence[str]) -> list[Prompt]:
-        """Cut the passage (never the question, never the answer) until every option's sequence fits; the same cut for all options."""
+        """Cut the passage (never the question, never the answer) until every option's sequence fits; the same cut for
+        all options."""
         prompts = list(prompts)
         over = self._over(prompts, options)
         if over <= 0:
@@ -152,7 +159,8 @@ class Encoder:
             if keep <= 0:
                 need = self._over([Prompt(p.before, "", p.after) for p in prompts], options) + self.max_length
                 raise UserError(
-                    f"the context is too short: {self.max_length} tokens are left for a row and the prompt alone, without its passage, "
+                    f"the context is too short: {self.max_length} tokens are left for a row and the prompt "
+                    f"alone, without its passage, "
                     f"needs {need}: raise --max-length or use fewer virtual tokens"
                 )
             cut = [self.tokenizer.decode(self.ids(p.passage)[:keep]).strip() for p in prompts]
@@ -167,7 +175,8 @@ class Encoder:
 
 
 def mask_tokens(ids: list[int], mask: int, vocabulary: int, seed: int) -> tuple[list[int], list[int]]:
-    """Masked input and targets, a pure function of (seed, tokens): 15 % are targets, of which 80 % masked, 10 % random, 10 % kept."""
+    """Masked input and targets, a pure function of (seed, tokens): 15 % are targets, of which 80 % masked, 10 %
+    random, 10 % kept."""
     digest = hashlib.sha256(repr((seed, ids)).encode()).digest()
     draw = torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
     order = torch.randperm(len(ids), generator=draw).tolist()

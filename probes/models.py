@@ -1,4 +1,5 @@
-"""MODEL: a name or a folder becomes a model in evaluation mode, with its tokenizer and what has to be known about it."""
+"""MODEL: a name or a folder becomes a model in evaluation mode, with its tokenizer and what has to be known about
+it."""
 
 from __future__ import annotations
 
@@ -67,21 +68,31 @@ def load_model(
     trust_remote_code: bool = False,
     cache: Path | None = None,
 ) -> Loaded:
-    """Load ``model``: None (the embedded one), "smollm2" or "minilm" (installed packages), a folder, a GGUF file, or a hub name.
+    """Load ``model``: None (the embedded one), "smollm2" or "minilm" (installed packages), a folder, a GGUF file, or
+    a hub name.
 
-    head   which auto class: "auto" reads it off the configuration; a bare encoder becomes a classifier for labelled data, a masked LM otherwise.
+    head   which auto class: "auto" reads it off the configuration; a bare encoder becomes a classifier for labelled
+           data, a masked LM otherwise.
     seed   initialises a head that the checkpoint lacks; the caller's global generator is left as it was.
     cache  where a converted GGUF file is kept (default: $XDG_CACHE_HOME/hybridtheory).
     """
     name = "embedded" if model is None else str(model)
     place = _place(model)
     adapter = None
-    if place is not None and place.is_dir() and not (place / "config.json").exists() and (place / "adapter_config.json").exists():
+    if (
+        place is not None
+        and place.is_dir()
+        and not (place / "config.json").exists()
+        and (place / "adapter_config.json").exists()
+    ):
         import json
 
         adapter, base = place, json.loads((place / "adapter_config.json").read_text()).get("base_model_name_or_path")
         if not base:
-            raise UserError(f"{place} is an adapter that does not name its base model: pass the base as MODEL and the folder as --peft")
+            raise UserError(
+                f"{place} is an adapter that does not name its base model: pass the base as MODEL and the "
+                f"folder as --peft"
+            )
         place, model = _place(base), base
     notes: list[str] = []
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
@@ -93,7 +104,9 @@ def load_model(
         if gguf is not None:
             with _quiet():
                 place = _converted(gguf, cache)
-            notes.append(f"{gguf.name}: weights dequantised from GGUF to float32; curvature is that of the dequantised weights")
+            notes.append(
+                f"{gguf.name}: weights dequantised from GGUF to float32; curvature is that of the dequantised weights"
+            )
         source = str(place)
     with _quiet(), seeded(seed):
         try:
@@ -109,7 +122,11 @@ def load_model(
         quantised = _quantisation(config)
         try:
             # Eager experts: the grouped kernels of mixtures have no second derivative.
-            extra = {"experts_implementation": "eager"} if hasattr(config, "num_local_experts") or hasattr(config, "num_experts") else {}
+            extra = (
+                {"experts_implementation": "eager"}
+                if hasattr(config, "num_local_experts") or hasattr(config, "num_experts")
+                else {}
+            )
             loaded, report = KINDS[kind].from_pretrained(
                 source, config=config, dtype=dtype, output_loading_info=True, **options, **extra
             )
@@ -118,7 +135,9 @@ def load_model(
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
         except (OSError, ValueError, ImportError, KeyError) as error:
-            raise UserError(f"the model {name} comes without a tokenizer that can be read ({_line(error)}): save one beside it") from None
+            raise UserError(
+                f"the model {name} comes without a tokenizer that can be read ({_line(error)}): save one beside it"
+            ) from None
     if missing := sorted(report["missing_keys"]):
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         notes.append(f"the checkpoint of {name} lacks {shown}: initialised at random from seed {seed}")
@@ -136,7 +155,8 @@ def prepare(model: nn.Module, tokenizer: Any, kind: str, name: str) -> Loaded:
     cleared = []
     for path, module in model.named_modules():
         if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            # With it autograd leaves out the pad token's own gradient where that token is real: no longer the loss's gradient.
+            # With it autograd leaves out the pad token's own gradient where that token is real: no longer the loss's
+            # gradient.
             module.padding_idx = None
             cleared.append(path)
     if tokenizer.pad_token_id is None:
@@ -145,12 +165,17 @@ def prepare(model: nn.Module, tokenizer: Any, kind: str, name: str) -> Loaded:
     if kind == "classification" and getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = tokenizer.pad_token_id  # decoders look for the last token that is not padding
     if kind == "masked" and tokenizer.mask_token_id is None:
-        raise UserError(f"the tokenizer of {name} has no mask token, which a masked language model needs: set one and save it")
-    return Loaded(model, tokenizer, kind, name, state_sha256(model), _context(config, tokenizer), cleared_padding=cleared)
+        raise UserError(
+            f"the tokenizer of {name} has no mask token, which a masked language model needs: set one and save it"
+        )
+    return Loaded(
+        model, tokenizer, kind, name, state_sha256(model), _context(config, tokenizer), cleared_padding=cleared
+    )
 
 
 def state_sha256(model: nn.Module) -> str:
-    """SHA-256 over names, shapes, types and bytes of the state dict: independent of how files hold it (about 1 s per GB)."""
+    """SHA-256 over names, shapes, types and bytes of the state dict: independent of how files hold it (about 1 s per
+    GB)."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         if isinstance(value, torch.Tensor):
@@ -167,7 +192,7 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-# --- where the model is -----------------------------------------------------------------------------------------------------
+# --- where the model is -----------------------------------------------------------------------------------------------
 
 
 def _place(model: str | Path | None) -> Path | None:
@@ -175,20 +200,27 @@ def _place(model: str | Path | None) -> Path | None:
     if model is None:
         embedded = Path(str(resources.files("probes") / "data" / "embedded"))
         if not (embedded / "config.json").is_file():
-            raise UserError("the embedded model is missing from this installation: reinstall hybridtheory, or name a MODEL")
+            raise UserError(
+                "the embedded model is missing from this installation: reinstall hybridtheory, or name a MODEL"
+            )
         return embedded
     name = str(model)
     if name in PACKAGED and not Path(name).exists():
         package, inside, install = PACKAGED[name]
         spec = importlib.util.find_spec(package)
         if spec is None or not spec.submodule_search_locations:
-            raise UserError(f"the model {name} comes with a package that is not installed: {install} (or make real-data)")
+            raise UserError(
+                f"the model {name} comes with a package that is not installed: {install} (or make real-data)"
+            )
         return Path(next(iter(spec.submodule_search_locations))) / inside
     path = Path(name).expanduser()
     if path.exists():
         return path
     if path.is_absolute() or name.startswith((".", "~")) or name.endswith(".gguf") or name.count("/") > 1:
-        raise UserError(f"there is no model at {name}: pass an existing folder, a .gguf file, a hub name, or one of {', '.join(PACKAGED)}")
+        raise UserError(
+            f"there is no model at {name}: pass an existing folder, a .gguf file, a hub name, or one of "
+            f"{', '.join(PACKAGED)}"
+        )
     return None
 
 
@@ -198,7 +230,9 @@ def _not_found(name: str, place: Path | None, options: dict[str, Any], error: Ba
             f"the model {name} is neither a folder nor in the local cache, and the hub cannot be reached: "
             f"pass a local folder or one of {', '.join(PACKAGED)}"
         )
-    remedy = "check the name and --revision" if place is None else "the folder needs config.json, weights and a tokenizer"
+    remedy = (
+        "check the name and --revision" if place is None else "the folder needs config.json, weights and a tokenizer"
+    )
     return f"the model {name} cannot be loaded ({_line(error)}): {remedy}"
 
 
@@ -220,7 +254,8 @@ def _gguf(place: Path) -> Path | None:
 
 
 def _converted(gguf: Path, cache: Path | None) -> Path:
-    """A GGUF file as an ordinary folder of safetensors, converted once (22 s for 135 M parameters, 2 s from then on)."""
+    """A GGUF file as an ordinary folder of safetensors, converted once (22 s for 135 M parameters, 2 s from then
+    on)."""
     if importlib.util.find_spec("gguf") is None:
         raise UserError(f"reading {gguf.name} needs the gguf package: pip install --no-deps gguf")
     with gguf.open("rb") as file:
@@ -248,7 +283,7 @@ def _converted(gguf: Path, cache: Path | None) -> Path:
     return folder
 
 
-# --- what the configuration says ----------------------------------------------------------------------------------------------
+# --- what the configuration says --------------------------------------------------------------------------------------
 
 
 def kind_of(config: Any, *architectures: str, labelled: bool = False) -> str:
@@ -268,7 +303,9 @@ def kind_of(config: Any, *architectures: str, labelled: bool = False) -> str:
 def _labels(config: Any, wanted: int, name: str) -> int:
     trained = [a for a in config.architectures or [] if a.endswith("ForSequenceClassification")]
     if trained and config.num_labels != wanted:
-        raise UserError(f"the classifier {name} has {config.num_labels} classes and the data has {wanted} labels: they must agree")
+        raise UserError(
+            f"the classifier {name} has {config.num_labels} classes and the data has {wanted} labels: they must agree"
+        )
     return wanted
 
 
@@ -284,7 +321,11 @@ def _quantisation(config: Any) -> str | None:
     quantisation = getattr(config, "quantization_config", None)
     if quantisation is None:
         return None
-    method = quantisation.get("quant_method") if isinstance(quantisation, dict) else getattr(quantisation, "quant_method", None)
+    method = (
+        quantisation.get("quant_method")
+        if isinstance(quantisation, dict)
+        else getattr(quantisation, "quant_method", None)
+    )
     return str(getattr(method, "value", method) or "quantised")
 
 

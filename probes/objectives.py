@@ -1,9 +1,13 @@
-"""The losses: taken from the model's logits by us, at the positions that count only, summed over tokens or rows, in float32.
+"""The losses: taken from the model's logits by us, at the positions that count only, summed over tokens or rows, in
+float32.
 
-A batch is a mapping of tensors with one row of data in front (so that it can be cut into micro-batches along dimension 0):
+A batch is a mapping of tensors with one row of data in front (so that it can be cut into micro-batches along
+dimension 0):
 
-    input_ids, attention_mask  [B, T]  (decoder_input_ids, decoder_attention_mask too for seq2seq; token_type_ids where a classifier has them)
-    targets                    [B, T]  token to be predicted from the logits AT this position (already shifted); IGNORE where none is
+    input_ids, attention_mask  [B, T]  (decoder_input_ids, decoder_attention_mask too for seq2seq; token_type_ids
+    where a classifier has them)
+    targets                    [B, T]  token to be predicted from the logits AT this position (already shifted);
+                               IGNORE where none is
     label                      [B]     index of the right option or class
     candidates                 [B, K]  the one token of each option, when every option is one token after one prompt
 
@@ -38,8 +42,9 @@ def _wide(z: Tensor) -> Tensor:
 def _only(model: nn.Module, needed: Tensor) -> Iterator[None]:
     """Inside, the output layer sees the hidden states of the ``needed`` [B, T] positions alone, as one row [1, N, H].
 
-    The logits of a whole batch are B T V numbers and the output layer is a large part of a small model's cost; a prompt with one label
-    word needs one position in twenty. Prompt tuning puts virtual tokens in front, so positions are counted from the end.
+    The logits of a whole batch are B T V numbers and the output layer is a large part of a small model's cost; a
+    prompt with one label word needs one position in twenty. Prompt tuning puts virtual tokens in front, so positions
+    are counted from the end.
     """
 
     def select(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -55,7 +60,8 @@ def _only(model: nn.Module, needed: Tensor) -> Iterator[None]:
 
 @dataclass
 class TokenLoss:
-    """Cross-entropy over the whole vocabulary at the target positions: plain text, or the right label word's tokens, summed.
+    """Cross-entropy over the whole vocabulary at the target positions: plain text, or the right label word's tokens,
+    summed.
 
     per_row  True: f is a mean over rows (an option's tokens are summed); False: a mean over tokens.
     select   compute only the needed positions' logits; the task checks that the model allows it.

@@ -1,8 +1,8 @@
 """Prompts and label words of the named tasks: a record of the data set becomes a question with a closed set of answers.
 
 The templates and label words are those of MeZO (Malladi et al. 2023, arXiv 2305.17333, appendix E.2): short, without
-instructions, ending where the answer's first token goes. Every answer carries the space or line break it starts with, so that
-prompt + answer tokenises as running text.
+instructions, ending where the answer's first token goes. Every answer carries the space or line break it starts with,
+so that prompt + answer tokenises as running text.
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ def _boolq(r: Record) -> Example:
 
 
 def _winogrande(r: Record) -> Example:
-    # The options differ before the blank and what is scored after it is the same text (partial evaluation, Trinh & Le 2018).
+    # The options differ before the blank and what is scored after it is the same text (partial evaluation, Trinh &
+    # Le 2018).
     before, after = r["sentence"].split("_", 1)
     prompts = tuple(Prompt("", before.rstrip(), f" {o}") for o in (r["option1"], r["option2"]))
     label = int(r["answer"]) - 1 if str(r["answer"]).strip() else -1
@@ -93,13 +94,18 @@ def _winogrande(r: Record) -> Example:
 
 def _mrpc(r: Record) -> Example:
     first, second = r["sentence1"].strip(), r["sentence2"].strip()
-    prompt = Prompt("Do the following two sentences mean the same thing? Yes or No?\nSentence 1: ", first, f"\nSentence 2: {second}\n")
+    prompt = Prompt(
+        "Do the following two sentences mean the same thing? Yes or No?\nSentence 1: ",
+        first,
+        f"\nSentence 2: {second}\n",
+    )
     return Example((prompt,), ("No", "Yes"), int(r["label"]), (first, second))
 
 
 def _wsc(r: Record) -> Example:
     text = r["text"].strip()
-    question = f'\nIn the previous sentence, does the pronoun "{r["span2_text"].lower()}" refer to {r["span1_text"]}? Yes or No?\n'
+    pronoun, name = r["span2_text"].lower(), r["span1_text"]
+    question = f'\nIn the previous sentence, does the pronoun "{pronoun}" refer to {name}? Yes or No?\n'
     return Example((Prompt("", text, question),), ("No", "Yes"), int(r["label"]), (text, question.strip()))
 
 

