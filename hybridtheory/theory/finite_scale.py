@@ -187,6 +187,17 @@ def _least(eta: Array, curves: Array) -> tuple[Array, Array, NDArray[np.intp]]:
     return best, least, index
 
 
+def least(etas: ArrayLike, change: ArrayLike) -> tuple[float, bool]:
+    """Minimiser of one measured curve [n_etas], interpolated as in `finite_scale`, and whether it lies at the grid's
+    edge.
+    """
+    eta, curve = np.asarray(etas, float), np.asarray(change, float)
+    if eta.shape != curve.shape or eta.ndim != 1 or eta.size < 3 or not np.isfinite(curve).all():
+        raise UserError(f"least needs a finite change at each of 3 or more etas, got {eta.size} and {curve.tolist()}")
+    best, _, index = _least(eta, curve[None])
+    return float(best[0]), bool(index[0] in (0, eta.size - 1))
+
+
 def phi_trace(deltas: ArrayLike, plus: ArrayLike, minus: ArrayLike) -> tuple[Array, Array]:
     """Implied trace 2φ(δ)/δ² and its standard error, from antithetic pairs: flat in δ where the quadratic model holds.
 
