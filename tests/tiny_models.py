@@ -94,17 +94,22 @@ AUTO = {
 }
 
 
-def save(name: str, folder: Path, head: str | None = None, scale: float = 4.0) -> Path:
-    """Write the tiny model ``name`` to ``folder``; weights ``scale`` times the usual so that curvature is not all
-    rounding."""
+def save(name: str, folder: Path, head: str | None = None, **changes: Any) -> Path:
+    """Write the tiny model ``name`` to ``folder``, its configuration changed by ``changes``.
+
+    Weights are 4 times the usual, so that curvature is not all rounding; T5's are large as they are.
+    """
     kind, config = CONFIGS[name]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = AUTO[head or kind].from_config(config())
+        settings = config()
+        for key, value in changes.items():
+            setattr(settings, key, value)
+        model = AUTO[head or kind].from_config(settings)
         with torch.no_grad():
             for parameter in model.parameters():
-                if parameter.dim() > 1:
-                    parameter.mul_(scale)
+                if parameter.dim() > 1 and name != "t5":
+                    parameter.mul_(4.0)
     model.save_pretrained(folder)
     tokenizer(head or kind).save_pretrained(folder)
     return folder
