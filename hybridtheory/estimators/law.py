@@ -1,7 +1,8 @@
 """A direction law: how u is drawn, tensor by tensor, as a pure function of (seed, step, query, tensor name).
 
-Every law here is scaled so that the estimator is slope times u, with slope = the directional derivative of f along u: E uuᵀ = P, and
-E ĝ = P ∇f (P = I for the unbiased laws; each law's docstring says what its P is). A law is a small frozen dataclass; a new estimator is a new law.
+Every law here is scaled so that the estimator is slope times u, with slope = the directional derivative of f along u:
+E uuᵀ = P, and E ĝ = P ∇f (P = I for the unbiased laws; each law's docstring says what its P is). A law is a small
+frozen dataclass; a new estimator is a new law.
 """
 
 from __future__ import annotations
@@ -18,14 +19,18 @@ from hybridtheory.estimators.streams import Key
 
 @dataclass(frozen=True)
 class Law:
-    """Only `fill` must be given. ``like`` is the parameter itself: its shape, dtype and device, and for masks its values."""
+    """Only `fill` must be given. ``like`` is the parameter itself: its shape, dtype and device, and for masks its
+    values.
+    """
 
     def fill(self, key: Key, name: str, like: Tensor) -> Tensor:
         """u for one tensor, in its shape: float32, or float64 for a float64 parameter."""
         raise NotImplementedError
 
     def bind(self, block: Block, keys: Sequence[Key]) -> Law:
-        """The law for these keys on this block, for laws where one tensor's u depends on the others (a norm, a Gram matrix)."""
+        """The law for these keys on this block, for laws where one tensor's u depends on the others (a norm, a Gram
+        matrix).
+        """
         return self
 
     def touches(self, key: Key, name: str) -> bool:
@@ -33,7 +38,9 @@ class Law:
         return True
 
     def shift(self, key: Key, name: str, w: Tensor, alpha: float, out: Tensor | None = None) -> Tensor:
-        """w + alpha u, rounded once to w's dtype; written to ``out`` (which may be w). Low-rank laws need no dense u for it."""
+        """w + alpha u, rounded once to w's dtype; written to ``out`` (which may be w). Low-rank laws need no dense u
+        for it.
+        """
         u = self.fill(key, name, w)
         if out is not None:
             return torch.add(w, u, alpha=alpha, out=out)
@@ -53,7 +60,9 @@ class Law:
 
 @dataclass(frozen=True)
 class Kept(Law):
-    """Another law whose directions are drawn once and kept: one block of extra memory for two draws saved per central difference."""
+    """Another law whose directions are drawn once and kept: one block of extra memory for two draws saved per central
+    difference.
+    """
 
     law: Law
     store: dict[tuple[Key, str], Tensor] = field(default_factory=dict, repr=False, compare=False)
@@ -87,7 +96,10 @@ def merged(blocks: Block | Sequence[Block]) -> Block:
     for block in blocks:
         for name, parameter in block.parameters.items():
             if name in parameters:
-                raise ValueError(f"the tensor {name!r} is in two of the blocks ({', '.join(b.name for b in blocks)}): blocks must be disjoint")
+                raise ValueError(
+                    f"the tensor {name!r} is in two of the blocks ({', '.join(b.name for b in blocks)}): blocks "
+                    f"must be disjoint"
+                )
             parameters[name] = parameter
     groups = sorted({b.group for b in blocks})
     return Block("+".join(b.name for b in blocks), "+".join(groups), parameters)

@@ -1,13 +1,16 @@
-"""Evaluate a model at w + scale·u while the parameters themselves never change, so that they are "back" bit for bit in every dtype.
+"""Evaluate a model at w + scale·u while the parameters themselves never change, so that they are "back" bit for bit
+in every dtype.
 
-Adding scale·u in place and subtracting it again does not give the parameters back (in bf16 the drift is many times the update). Here a
-tensor is perturbed *where it is used*: a hook before the module's forward puts w + scale·u in the weight's place and a hook after it drops the
-copy. Only one perturbed tensor is alive at a time, autograd works inside, and each difference saves a draw.
+Adding scale·u in place and subtracting it again does not give the parameters back (in bf16 the drift is many times
+the update). Here a tensor is perturbed *where it is used*: a hook before the module's forward puts w + scale·u in the
+weight's place and a hook after it drops the copy. Only one perturbed tensor is alive at a time, autograd works
+inside, and each difference saves a draw.
 
-Hooks reach only weights that are read by the forward of the module that owns them. Fused attention, LSTMs, ia3 vectors or prompts are read
-from elsewhere. Which ones is not guessed from names but observed: during the first evaluation of a `Perturbation` every operation's
-operands are compared with the block's storages. A tensor whose original is touched is from then on replaced as a whole, by its
-``.data``, for as long as the perturbation lasts (one copy of those tensors), and the evaluation is repeated.
+Hooks reach only weights that are read by the forward of the module that owns them. Fused attention, LSTMs, ia3
+vectors or prompts are read from elsewhere. Which ones is not guessed from names but observed: during the first
+evaluation of a `Perturbation` every operation's operands are compared with the block's storages. A tensor whose
+original is touched is from then on replaced as a whole, by its ``.data``, for as long as the perturbation lasts (one
+copy of those tensors), and the evaluation is repeated.
 """
 
 from __future__ import annotations
@@ -32,14 +35,17 @@ T = TypeVar("T")
 
 
 class UncoveredRead(RuntimeError):
-    """Some weights were read unperturbed; the value of that evaluation must not be used. Evaluating again is right: they are known now."""
+    """Some weights were read unperturbed; the value of that evaluation must not be used. Evaluating again is right:
+    they are known now.
+    """
 
 
 class Perturbation:
     """What it takes to perturb one block of one model; keep it for a whole run.
 
-    share  True keeps the perturbed copy of a tensor that several modules read (tied embeddings, ALBERT's layers) until its last use
-           in a forward. False draws it again for each use, and nothing beyond the largest single tensor is ever allocated.
+    share  True keeps the perturbed copy of a tensor that several modules read (tied embeddings, ALBERT's layers)
+           until its last use in a forward. False draws it again for each use, and nothing beyond the largest single
+           tensor is ever allocated.
     """
 
     def __init__(self, model: nn.Module, blocks: Block | Sequence[Block], share: bool = True) -> None:
@@ -47,7 +53,10 @@ class Perturbation:
         self.block = merged(blocks)
         self.share = share
         if not self.block.parameters:
-            raise UserError(f"block {self.block.name!r} holds no parameter, so there is nothing to perturb: check --blocks and --peft")
+            raise UserError(
+                f"block {self.block.name!r} holds no parameter, so there is nothing to perturb: check --blocks "
+                f"and --peft"
+            )
         check_names(self.block.names)
         name_of = {id(p): name for name, p in self.block.parameters.items()}
         self._sites: dict[nn.Module, list[tuple[str, str]]] = {}  # module -> (attribute, tensor's name in the block)
@@ -57,14 +66,20 @@ class Perturbation:
                     self._sites.setdefault(module, []).append((attribute, name_of[id(parameter)]))
         missing = set(self.block.names) - {name for site in self._sites.values() for _, name in site}
         if missing:
-            raise UserError(f"the model does not hold {sorted(missing)[0]!r} of block {self.block.name!r}: the block belongs to another model")
+            raise UserError(
+                f"the model does not hold {sorted(missing)[0]!r} of block {self.block.name!r}: the block "
+                f"belongs to another model"
+            )
         self._whole: set[str] = set()  # names that hooks do not reach
         self.accepted: set[float] = set()  # values of mu that the weights were seen not to absorb
         self._derived = False  # has a forward derivative shown that it reaches every tensor?
-        self._checked: dict[tuple[bool, bool], dict[str, int]] = {}  # (training, grad) -> uses of each tensor in one forward
+        # (training, grad) -> uses of each tensor in one forward
+        self._checked: dict[tuple[bool, bool], dict[str, int]] = {}
 
     def value(self, f: Callable[[], T], law: Law, key: Key, scale: float) -> T:
-        """f() at w + scale·u(key). f is called once, or once more for each set of tensors found to be out of the hooks' reach."""
+        """f() at w + scale·u(key). f is called once, or once more for each set of tensors found to be out of the
+        hooks' reach.
+        """
         while True:
             try:
                 with self.at(law, key, scale):
@@ -76,8 +91,9 @@ class Perturbation:
     def at(self, law: Law, key: Key, scale: float) -> Iterator[None]:
         """Within, the model computes at w + scale·u(key). ``law`` must be bound to the block.
 
-        With weights that hooks do not reach, a gradient must be taken before the end of the context (afterwards their ``.data`` is w again).
-        Raises UncoveredRead at the end of the first use in a mode (training, gradients on) when such weights come to light.
+        With weights that hooks do not reach, a gradient must be taken before the end of the context (afterwards their
+        ``.data`` is w again). Raises UncoveredRead at the end of the first use in a mode (training, gradients on)
+        when such weights come to light.
         """
         names = [n for n in self.block.names if law.touches(key, n)]
         mode = (self.model.training, torch.is_grad_enabled())
@@ -99,17 +115,20 @@ class Perturbation:
             if raw:
                 self._whole |= raw
                 raise UncoveredRead(
-                    f"{len(raw)} tensors of block {self.block.name!r} are read outside their own module's forward (first: {min(raw)!r}) and "
+                    f"{len(raw)} tensors of block {self.block.name!r} are read outside their own module's "
+                    f"forward (first: {min(raw)!r}) and "
                     "were not perturbed; they are known now: evaluate again (Perturbation.value does)"
                 )
             if len(names) == len(self.block.parameters):  # a law that skips tensors has not shown how those are read
                 self._checked[mode] = {n: -(-k // max(observer.forwards, 1)) for n, k in observer.uses.items()}
 
     def derivative(self, f: Callable[[], Tensor], law: Law, key: Key) -> tuple[float, float]:
-        """(f, D_u f) at w by forward-mode differentiation (the forward gradient of Baydin et al. 2022): no step mu, no truncation.
+        """(f, D_u f) at w by forward-mode differentiation (the forward gradient of Baydin et al. 2022): no step mu,
+        no truncation.
 
-        Runs under the math attention kernel, the only one with a forward derivative. A weight that hooks do not reach is replaced as an
-        attribute of its module; one that is read in yet another way (an LSTM's flat list) raises UserError.
+        Runs under the math attention kernel, the only one with a forward derivative. A weight that hooks do not reach
+        is replaced as an attribute of its module; one that is read in yet another way (an LSTM's flat list) raises
+        UserError.
         """
         mode = (self.model.training, False)
         names = [n for n in self.block.names if law.touches(key, n)]
@@ -120,7 +139,8 @@ class Perturbation:
             observer = _Observer(self.block.parameters, set()) if first else None
 
             def dual(name: str, w: Tensor) -> Tensor:
-                primal = w.detach().clone() if first else w.detach()  # only a copy can be told from the original by its storage
+                # only a copy can be told from the original by its storage
+                primal = w.detach().clone() if first else w.detach()
                 return forward_ad.make_dual(primal, law.fill(key, name, w).to(w.dtype))
 
             with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
@@ -139,7 +159,8 @@ class Perturbation:
                         held[attribute] = parameter
             if observer is not None and observer.raw.intersection(names):
                 raise UserError(
-                    f"the exact directional derivative cannot reach {min(observer.raw)!r}, which its module reads through something else than "
+                    f"the exact directional derivative cannot reach {min(observer.raw)!r}, which its module "
+                    f"reads through something else than "
                     'its own attribute: use difference="central"'
                 )
             self._derived = True
@@ -147,7 +168,11 @@ class Perturbation:
 
     @contextmanager
     def _hooked(
-        self, make: Callable[[str, Tensor], Tensor], names: Sequence[str], uses: dict[str, int], observer: _Observer | None
+        self,
+        make: Callable[[str, Tensor], Tensor],
+        names: Sequence[str],
+        uses: dict[str, int],
+        observer: _Observer | None,
     ) -> Iterator[None]:
         """Hooks that put make(name, w) in w's place while the module that owns it runs."""
         parameters = self.block.parameters
@@ -183,9 +208,13 @@ class Perturbation:
 
 
 def _swap(
-    module: nn.Module, swaps: list[tuple[str, str]], copy_of: Callable[[str], Tensor], parameters: dict[str, nn.Parameter]
+    module: nn.Module,
+    swaps: list[tuple[str, str]],
+    copy_of: Callable[[str], Tensor],
+    parameters: dict[str, nn.Parameter],
 ) -> list[Any]:
-    held: Any = module._parameters  # a tensor in a Parameter's place: nn.Module's own setter would refuse it, attribute lookup does not
+    # a tensor in a Parameter's place: nn.Module's own setter would refuse it, attribute lookup does not
+    held: Any = module._parameters
 
     def before(module: nn.Module, args: Any) -> None:
         for attribute, name in swaps:

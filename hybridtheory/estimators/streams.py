@@ -1,18 +1,21 @@
-"""Random streams that are a pure function of (run seed, step, query, tensor name): no state to keep, nothing to collide.
+"""Random streams that are a pure function of (run seed, step, query, tensor name): no state to keep, nothing to
+collide.
 
-The four numbers are packed side by side into the 256-bit counter of one Philox-4x64-10 cipher (Salmon et al. 2011): for a fixed
-cipher key a counter-based generator is a *bijection* of its counter, so two different keys never share a block of random words. A hash
-into a seed cannot promise that, least of all torch's CPU ``manual_seed``, which keeps 32 bits of what it is given: 5 and 5 + 2^32 are
-one stream, and with ``seed + i`` for tensor i the directions of seeds s and s + 1 share their noise.
+The four numbers are packed side by side into the 256-bit counter of one Philox-4x64-10 cipher (Salmon et al. 2011):
+for a fixed cipher key a counter-based generator is a *bijection* of its counter, so two different keys never share a
+block of random words. A hash into a seed cannot promise that, least of all torch's CPU ``manual_seed``, which keeps
+32 bits of what it is given: 5 and 5 + 2^32 are one stream, and with ``seed + i`` for tensor i the directions of seeds
+s and s + 1 share their noise.
 
-Normal numbers come from torch's vectorised generator (3.4 ns each, against 7 to 10 ns from numpy), whose Mersenne state is filled with
-those words: the first Philox block is part of the state, so the map from keys to states is injective too. Signs are the words' own bits
-(0.3 ns each). Tensors are drawn in chunks of ``CHUNK`` elements with a counter each, so that a part of a tensor can be drawn
-without the rest, on any rank, in any order.
+Normal numbers come from torch's vectorised generator (3.4 ns each, against 7 to 10 ns from numpy), whose Mersenne
+state is filled with those words: the first Philox block is part of the state, so the map from keys to states is
+injective too. Signs are the words' own bits (0.3 ns each). Tensors are drawn in chunks of ``CHUNK`` elements with a
+counter each, so that a part of a tensor can be drawn without the rest, on any rank, in any order.
 
-On CUDA, signs are the same bits as on CPU; normal numbers have the same law but other values (torch draws them with its own
-Philox there, and two of our words, 126 bits, become its seed and offset). Draws are float32 whatever the parameter's dtype, so that a model's
-directions do not depend on the precision it is held in; for float64 parameters the same numbers are widened.
+On CUDA, signs are the same bits as on CPU; normal numbers have the same law but other values (torch draws them with
+its own Philox there, and two of our words, 126 bits, become its seed and offset). Draws are float32 whatever the
+parameter's dtype, so that a model's directions do not depend on the precision it is held in; for float64 parameters
+the same numbers are widened.
 """
 
 from __future__ import annotations
@@ -28,9 +31,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 18  # elements; large enough that filling a generator's state (5 us) vanishes, small enough to stay in cache
+# elements; large enough that filling a generator's state (5 us) vanishes, small enough to stay in cache
+CHUNK = 1 << 18
 _WORDS = 624  # 32-bit words of the Mersenne Twister's state
-_CIPHER = np.array([0x9E3779B97F4A7C15, 0xF39CC0605CEDC834], dtype=np.uint64)  # any constant: the key's bits are all in the counter
+# any constant: the key's bits are all in the counter
+_CIPHER = np.array([0x9E3779B97F4A7C15, 0xF39CC0605CEDC834], dtype=np.uint64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,25 +56,34 @@ class Key:
 
 @lru_cache(maxsize=1 << 16)
 def name_bits(name: str) -> int:
-    """64 bits of a tensor's name, the same in every process (Python's ``hash`` is salted). `check_names` rules collisions out."""
+    """64 bits of a tensor's name, the same in every process (Python's ``hash`` is salted). `check_names` rules
+    collisions out.
+    """
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
 
 
 def check_names(names: Iterable[str]) -> None:
-    """Raise ValueError where two different names of one block would share their stream (chance 1e-13 for a thousand tensors)."""
+    """Raise ValueError where two different names of one block would share their stream (chance 1e-13 for a thousand
+    tensors).
+    """
     seen: dict[int, str] = {}
     for name in names:
         other = seen.setdefault(name_bits(name), name)
         if other != name:
-            raise ValueError(f"the names {other!r} and {name!r} have the same 64-bit hash, so their directions would be equal: rename one")
+            raise ValueError(
+                f"the names {other!r} and {name!r} have the same 64-bit hash, so their directions would be "
+                f"equal: rename one"
+            )
 
 
 class _Local(threading.local):
-    """One cipher and one Mersenne Twister a thread, refilled at every use: making them anew costs more than a small tensor's draw."""
+    """One cipher and one Mersenne Twister a thread, refilled at every use: making them anew costs more than a small
+    tensor's draw.
+    """
 
     def __init__(self) -> None:
         self.philox = np.random.Philox(key=_CIPHER)
-        self.state: dict[str, Any] = self.philox.state
+        self.state: Any = self.philox.state
         self.counter: np.ndarray = self.state["state"]["counter"]
         self.state["state"]["key"] = _CIPHER
         self.state["buffer_pos"] = 4  # nothing buffered: the next word is the counter's own
@@ -77,29 +91,43 @@ class _Local(threading.local):
         self.twister.manual_seed(0)
         self.template = self.twister.get_state()
         if self.template.numel() != 24 + 8 * _WORDS + 40:
-            raise RuntimeError(f"torch {torch.__version__} keeps the CPU generator's state in an unknown layout ({self.template.numel()} bytes)")
+            raise RuntimeError(
+                f"torch {torch.__version__} keeps the CPU generator's state in an unknown layout "
+                f"({self.template.numel()} bytes)"
+            )
         self.mersenne = self.template.numpy().view(np.uint64)[3 : 3 + _WORDS]  # a view: writing it changes the template
 
 
 _local = _Local()
 
 
+def _counter(key: Key, name: str, chunk: int) -> tuple[int, int, int, int]:
+    return (
+        chunk << 32,
+        key.seed,
+        key.step << 24 | key.query,
+        name_bits(name),
+    )  # the low 32 bits count the blocks of one stream
+
+
 def words(key: Key, name: str, n: int, chunk: int = 0) -> np.ndarray:
     """n random 64-bit words, shape (n,) uint64."""
     own = _local
-    own.counter[:] = (chunk << 32, key.seed, key.step << 24 | key.query, name_bits(name))
+    own.counter[:] = _counter(key, name, chunk)
     own.philox.state = own.state
     return np.asarray(own.philox.random_raw(n))
 
 
 def _refill(twister: torch.Generator, key: Key, name: str, chunk: int) -> torch.Generator:
     if twister.device.type == "cpu":
-        # Reversed, because of the Mersenne state's first word only the top bit matters: the block that carries the injection goes last.
+        # Reversed, because of the Mersenne state's first word only the top bit matters: the block that carries the
+        # injection goes last.
         _local.mersenne[:] = words(key, name, _WORDS // 2, chunk).view(np.uint32)[::-1]
         twister.set_state(_local.template)
     else:
         seed, offset = words(key, name, 2, chunk)
-        # torch's device state is (seed, offset) with an offset that is a multiple of 4; the top two bits leave room to count upwards
+        # torch's device state is (seed, offset) with an offset that is a multiple of 4; the top two bits leave room
+        # to count upwards
         state = np.array([seed, (offset >> np.uint64(4)) << np.uint64(2)], dtype=np.uint64)
         twister.set_state(torch.from_numpy(state.view(np.uint8).copy()))
     return twister
@@ -127,7 +155,9 @@ _SIGN, _ONE = -(1 << 31), 0x3F800000  # float32: the sign bit, and the bits of 1
 
 
 def signs(key: Key, name: str, like: Tensor) -> Tensor:
-    """Independent fair signs +1.0 / -1.0 in ``like``'s shape: bit k of word j becomes the sign bit of element (k, j) of a chunk."""
+    """Independent fair signs +1.0 / -1.0 in ``like``'s shape: bit k of word j becomes the sign bit of element (k, j)
+    of a chunk.
+    """
     n = like.numel()
     whole = -(-n // CHUNK) * CHUNK if n > CHUNK else -(-n // 64) * 64
     out = torch.empty(whole, dtype=torch.int32, device=like.device)
@@ -148,3 +178,9 @@ def integer(key: Key, name: str, below: int) -> int:
         if int(word) < last:
             return int(word) % below
     raise RuntimeError("64 words in a row refused: not a random stream")
+
+
+def numpy_generator(key: Key, name: str) -> np.random.Generator:
+    """A numpy generator on the stream of (key, name): for permutations and resampling, not for directions."""
+    philox = np.random.Philox(key=_CIPHER, counter=np.array(_counter(key, name, 0), dtype=np.uint64))
+    return np.random.Generator(philox)

@@ -1,8 +1,8 @@
 """ZOGradient: a zeroth-order gradient kept as seeds and slopes, replayed into parameters, never stored.
 
-    ĝ = (1/q) Σₖ ρₖ uₖ,   ρₖ = (f(w + μuₖ) - f(w - μuₖ)) / 2μ   central
-                          ρₖ = (f(w + μuₖ) - f(w)) / μ          forward (one-sided; f(w) is often known already)
-                          ρₖ = ⟨∇f(w), uₖ⟩                       exact (forward-mode derivative)
+ĝ = (1/q) Σₖ ρₖ uₖ,   ρₖ = (f(w + μuₖ) - f(w - μuₖ)) / 2μ   central
+                      ρₖ = (f(w + μuₖ) - f(w)) / μ          forward (one-sided; f(w) is often known already)
+                      ρₖ = ⟨∇f(w), uₖ⟩                       exact (forward-mode derivative)
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from hybridtheory.estimators.streams import Key
 from hybridtheory.vectors import Tensors
 
 DIFFERENCES = ("central", "forward", "exact")
-_SIGNIFICAND = {torch.float64: 53, torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}  # bits, the hidden one included
+# bits, the hidden one included
+_SIGNIFICAND = {torch.float64: 53, torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
 
 
 class NonFiniteLoss(UserError):
@@ -31,17 +32,19 @@ class NonFiniteLoss(UserError):
 
 @dataclass(frozen=True)
 class ZOGradient:
-    """Replay it before the weights change: masks are functions of the weights' values (`add_to_` itself takes care of that).
+    """Replay it before the weights change: masks are functions of the weights' values (`add_to_` itself takes care of
+    that).
 
-    realised   None, or the mu of the evaluation: the direction that is replayed is then the one that the weights' dtype let through,
-               (fl(w + μu) - fl(w - μu)) / 2μ, where fl rounds to the dtype the model computes in.
+    realised   None, or the mu of the evaluation: the direction that is replayed is then the one that the weights'
+               dtype let through, (fl(w + μu) - fl(w - μu)) / 2μ, where fl rounds to the dtype the model computes in.
     """
 
     law: Law  # bound to the block and the keys
     keys: tuple[Key, ...]
     slopes: tuple[float, ...]
     block: Block
-    losses: tuple[tuple[float, float], ...] = ()  # (plus, minus) for central, (plus, at w) for forward, (at w, at w) for exact
+    # (plus, minus) for central, (plus, at w) for forward, (at w, at w) for exact
+    losses: tuple[tuple[float, float], ...] = ()
     evaluations: int = 0  # forward passes that this evaluation made
     realised: float | None = None
     base: float | None = None  # f(w) where it was known
@@ -60,7 +63,8 @@ class ZOGradient:
 
     @torch.no_grad()
     def add_to_(self, alpha: float | Mapping[str, float], into: Mapping[str, Tensor] | None = None) -> None:
-        """into += alpha ĝ, tensor by tensor; ``into`` defaults to the parameters themselves. alpha may differ by tensor (by name).
+        """into += alpha ĝ, tensor by tensor; ``into`` defaults to the parameters themselves. alpha may differ by
+        tensor (by name).
 
         At most one tensor of the block's largest size is allocated at a time.
         """
@@ -105,7 +109,8 @@ def evaluate(
 ) -> ZOGradient:
     """The zeroth-order gradient of f over ``plan``'s block, one slope for each key.
 
-    f         evaluates the loss at the model's current parameters; it is called without gradients, always on the same data.
+    f         evaluates the loss at the model's current parameters; it is called without gradients, always on the same
+              data.
     at_w      f(w), where it is known: a forward difference then costs one evaluation a key.
     keep      draw each direction once and hold it (one block of float32 a key) instead of drawing it for each use.
     realised  replay what the weights' dtype let through, see ZOGradient.
@@ -143,14 +148,16 @@ def evaluate(
 def _finite(value: float, where: str, key: Key, mu: float) -> float:
     if not math.isfinite(value):
         raise NonFiniteLoss(
-            f"the loss is {value} {where} (mu = {mu:g}, seed {key.seed}, step {key.step}, query {key.query}); the parameters are unchanged: "
+            f"the loss is {value} {where} (mu = {mu:g}, seed {key.seed}, step {key.step}, query {key.query}); "
+            f"the parameters are unchanged: "
             "lower mu or the learning rate, or look at this batch"
         )
     return value
 
 
 def absorbed_fraction(block: Block, mu: float) -> float:
-    """The share of the block's entries on which w + mu u = w after rounding, u ~ N(0, 1): mean of erf(half an ulp of w / (mu √2)).
+    """The share of the block's entries on which w + mu u = w after rounding, u ~ N(0, 1): mean of erf(half an ulp of
+    w / (mu √2)).
 
     Rounded to the parameters' own dtype; tensors above 65,536 entries are sampled evenly.
     """
@@ -167,15 +174,21 @@ def absorbed_fraction(block: Block, mu: float) -> float:
 
 
 def check_mu(plan: Perturbation, mu: float, limit: float = 0.5) -> None:
-    """UserError unless mu is positive and at most half of the block's entries swallow it (looked at once a plan and mu)."""
+    """UserError unless mu is positive and at most half of the block's entries swallow it (looked at once a plan and
+    mu).
+    """
     if not (mu > 0 and math.isfinite(mu)):
-        raise UserError(f"mu must be positive and finite, got {mu:g}: it is the size of the perturbation in a loss difference (1e-3 is usual)")
+        raise UserError(
+            f"mu must be positive and finite, got {mu:g}: it is the size of the perturbation in a loss "
+            f"difference (1e-3 is usual)"
+        )
     if mu not in plan.accepted:
         share = absorbed_fraction(plan.block, mu)
         if share > limit:
             dtypes = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in plan.block.tensors}))
             raise UserError(
-                f"mu = {mu:g} is absorbed: {share:.0%} of the entries of block {plan.block.name!r} do not change when mu u is added to them "
+                f"mu = {mu:g} is absorbed: {share:.0%} of the entries of block {plan.block.name!r} do not "
+                f"change when mu u is added to them "
                 f"in {dtypes}: raise mu, or hold the weights in float32"
             )
         plan.accepted.add(mu)
@@ -183,7 +196,9 @@ def check_mu(plan: Perturbation, mu: float, limit: float = 0.5) -> None:
 
 @torch.no_grad()
 def inner(law: Law, key: Key, block: Block, vector: Sequence[Tensor]) -> float:
-    """⟨u, vector⟩ in float64, one tensor at a time: with the gradient known this is the exact slope. ``law`` must be bound."""
+    """⟨u, vector⟩ in float64, one tensor at a time: with the gradient known this is the exact slope. ``law`` must be
+    bound.
+    """
     total = 0.0
     for (name, parameter), v in zip(block.parameters.items(), vector, strict=True):
         if law.touches(key, name):

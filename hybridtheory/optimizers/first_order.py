@@ -1,0 +1,69 @@
+"""First-order groups inside a `ZeroOrder` optimizer: torch's own SGD or AdamW, on the very groups and state of "
+"the optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from hybridtheory.blocks import Block
+from hybridtheory.errors import UserError
+
+RULES: dict[str, type[torch.optim.Optimizer]] = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
+
+
+class FirstOrder:
+    """``owner``'s "fo" groups and its state are the rule's own, so schedulers, ``state_dict`` and resuming see "
+    "one optimizer."""
+
+    def __init__(self, owner: torch.optim.Optimizer, rule: str, options: Mapping[str, Any]) -> None:
+        if rule not in RULES:
+            raise UserError(f"the first-order rule must be one of {', '.join(RULES)}, got {rule!r}")
+        self.owner = owner
+        groups = [g for g in owner.param_groups if g["kind"] == "fo"]
+        self.inner = RULES[rule](
+            [{"params": g["params"], "lr": g["lr"], "weight_decay": g["weight_decay"]} for g in groups], **options
+        )
+        for group, own in zip(groups, self.inner.param_groups, strict=True):
+            for name, value in own.items():
+                group.setdefault(name, value)
+        self.link()
+
+    def link(self) -> None:
+        """Loading a state puts new groups and a new state into the owner: take those."""
+        self.inner.param_groups = [g for g in self.owner.param_groups if g["kind"] == "fo"]
+        self.inner.state = self.owner.state
+
+    @property
+    def parameters(self) -> list[torch.Tensor]:
+        return [p for g in self.owner.param_groups if g["kind"] == "fo" for p in g["params"]]
+
+    def clear(self) -> None:
+        for p in self.parameters:
+            p.grad = None
+
+    @torch.no_grad()
+    def update(self, minibatches: int = 1) -> None:
+        """Apply the mean over the minibatches whose gradients were added up in ``.grad``, and drop it."""
+        self.link()
+        if minibatches > 1:
+            torch._foreach_div_([p.grad for p in self.parameters if p.grad is not None], minibatches)
+        self.inner.step()
+        self.clear()
+
+
+def lora_plus(block: Block, lr: float, ratio: float = 16.0) -> list[dict[str, Any]]:
+    """LoRA+ (Hayou et al. 2024, arXiv 2402.12354): first-order groups in which LoRA's B matrices learn ``ratio`` "
+    "times as fast as A."""
+    b = {n: p for n, p in block.parameters.items() if "lora_B" in n or "lora_embedding_B" in n}
+    a = {n: p for n, p in block.parameters.items() if n not in b}
+    if not b:
+        raise UserError(
+            f"LoRA+ gives LoRA's B matrices their own rate, and block {block.name!r} has none: use --peft lora"
+        )
+    return [
+        {"block": Block(f"{block.name}.A", block.group, a, {}, block.info), "kind": "fo", "lr": lr},
+        {"block": Block(f"{block.name}.B", block.group, b, {}, block.info), "kind": "fo", "lr": lr * ratio},
+    ]

@@ -1,0 +1,147 @@
+"""The one training loop: minibatches in, ``optimizer.step(closure)``, everything worth keeping to a sink.
+
+The order of the data is a pure function of (seed, epoch), so a run that starts again at step t sees exactly the batches it would
+have seen; the caller's random generators are never touched. Sampling is by exact reshuffled epochs (the setting of
+the hybrid paper's theorem: every row once an epoch, a new permutation each) or i.i.d. with replacement.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from hybridtheory.errors import UserError
+from hybridtheory.estimators.streams import Key, numpy_generator
+from hybridtheory.estimators.zo_gradient import NonFiniteLoss
+from hybridtheory.optimizers.base import ZeroOrder
+from hybridtheory.oracle import Objective, microbatches
+
+
+class Sink(Protocol):
+    """What the loop reports to; the loop itself writes and prints nothing."""
+
+    def epoch(self, epoch: int, order: list[int]) -> None:
+        """A new epoch starts, with this permutation of the row indices (i.i.d. sampling reports none)."""
+
+    def step(self, step: int, loss: float, info: dict[str, Any]) -> bool | None:
+        """Step ``step`` (from 0) was made from a point with this minibatch loss. True asks the loop to stop."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """status: "finished", "stopped" (the sink asked), "diverged" or "not finite"; ``step`` is the number of the next step."""
+
+    status: str
+    step: int
+    reason: str = ""
+
+
+def closure_of(model: nn.Module, objective: Objective, batches: Sequence[Any]) -> Callable[..., Tensor]:
+    """closure(backward=False) -> mean loss of one minibatch that is given in micro-batches, weighted as `Oracle` weighs them."""
+    total = sum(objective.weight(b) for b in batches)
+
+    def closure(backward: bool = False) -> Tensor:
+        loss = None
+        for batch in batches:
+            part = objective.loss(objective.forward(model, batch), batch) / total
+            if backward:
+                part.backward()
+            loss = part.detach() if loss is None else loss + part.detach()
+        assert loss is not None
+        return loss
+
+    return closure
+
+
+def permutation(n: int, seed: int, epoch: int) -> list[int]:
+    """The order of n rows in an epoch."""
+    return [int(i) for i in numpy_generator(Key(seed, epoch), "epoch's permutation").permutation(n)]
+
+
+def minibatches(
+    n: int, size: int, seed: int, start: int = 0, sampling: str = "reshuffle"
+) -> Iterator[tuple[int, list[int], list[int] | None]]:
+    """(epoch, row indices, the epoch's permutation where the epoch starts), from step ``start`` on, without end.
+
+    The last minibatch of an epoch holds what is left of it.
+    """
+    if sampling not in ("reshuffle", "iid"):
+        raise UserError(f"sampling must be 'reshuffle' or 'iid', got {sampling!r}")
+    if not 1 <= size <= n:
+        raise UserError(f"a minibatch of {size} rows cannot be drawn from {n} rows: lower --batch or give more data")
+    per_epoch = -(-n // size)
+    step, order = start, None
+    while True:
+        epoch, place = divmod(step, per_epoch)
+        if sampling == "iid":
+            rows = numpy_generator(Key(seed, step), "minibatch's rows").integers(0, n, size)
+            yield epoch, [int(i) for i in rows], None
+        else:
+            fresh = place == 0 or order is None
+            if order is None or place == 0:
+                order = permutation(n, seed, epoch)
+            yield epoch, order[place * size : (place + 1) * size], order if fresh else None
+        step += 1
+
+
+def train(
+    optimizer: ZeroOrder,
+    objective: Objective,
+    rows: Sequence[Any],
+    collate: Callable[[list[Any]], Any],
+    sink: Sink,
+    *,
+    steps: int,
+    batch: int,
+    seed: int,
+    sampling: str = "reshuffle",
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+    micro: int | None = None,
+    accumulate: int = 1,
+    ceiling: float | None = None,
+    patience: int = 5,
+) -> Outcome:
+    """Run up to step ``steps`` (counted from the start of the run: a loaded optimizer goes on where it stopped).
+
+    batch       rows of a minibatch; ``accumulate`` minibatches make one step (each with directions of its own).
+    micro       rows of a forward pass (None: the whole minibatch); changes memory and nothing else beyond rounding.
+    ceiling     the run has diverged when the loss is above it ``patience`` times in a row; None: twice the first loss, plus 1.
+    The model stays in the mode (train or eval) that it is in. Parameters are those before the step that failed when the outcome
+    is "not finite".
+    """
+    model, high = optimizer.model, 0
+    batches = minibatches(len(rows), batch, seed, optimizer.steps * accumulate, sampling)
+    limit = optimizer.run.get("ceiling", ceiling)
+    while optimizer.steps < steps:
+        step = optimizer.steps
+        for turn in range(accumulate):
+            epoch, chosen, order = next(batches)
+            if order is not None:
+                sink.epoch(epoch, order)
+            whole = collate([rows[i] for i in chosen])
+            closure = closure_of(model, objective, [whole] if micro is None else microbatches(whole, micro))
+            try:
+                loss = float((optimizer.step if turn == accumulate - 1 else optimizer.accumulate)(closure))
+            except NonFiniteLoss as error:
+                return Outcome("not finite", step, str(error))
+        if scheduler is not None:
+            scheduler.step()
+        if limit is None:
+            limit = optimizer.run["ceiling"] = 2 * loss + 1
+        asked = sink.step(step, loss, optimizer.report())
+        high = high + 1 if not loss <= limit else 0
+        if high >= patience or not math.isfinite(loss):
+            return Outcome(
+                "diverged",
+                step + 1,
+                f"the loss was above {limit:.4g} on {high} steps in a row (last "
+                f"{loss:.4g} at step {step}): lower the learning rates",
+            )
+        if asked:
+            return Outcome("stopped", step + 1, "the sink asked")
+    return Outcome("finished", optimizer.steps)
