@@ -73,7 +73,7 @@ class Perturbation:
         self._whole: set[str] = set()  # names that hooks do not reach
         self.accepted: set[float] = set()  # values of mu that the weights were seen not to absorb
         self._derived = False  # has a forward derivative shown that it reaches every tensor?
-        # (training, grad) -> uses of each tensor in one forward
+        # (training, grad) -> how often a forward reads each tensor
         self._checked: dict[tuple[bool, bool], dict[str, int]] = {}
 
     def value(self, f: Callable[[], T], law: Law, key: Key, scale: float) -> T:
@@ -97,7 +97,8 @@ class Perturbation:
         """
         names = [n for n in self.block.names if law.touches(key, n)]
         mode = (self.model.training, torch.is_grad_enabled())
-        observer = None if mode in self._checked else _Observer(self.block.parameters, self._whole)
+        checked = self._checked.setdefault(mode, {})
+        observer = None if checked.keys() >= set(names) else _Observer(self.block.parameters, self._whole)
         originals: list[tuple[nn.Parameter, Tensor]] = []
         try:
             for name in names:
@@ -105,7 +106,7 @@ class Perturbation:
                     parameter = self.block.parameters[name]
                     originals.append((parameter, parameter.data))
                     parameter.data = law.shift(key, name, parameter.data, scale)
-            with self._hooked(lambda n, p: law.shift(key, n, p, scale), names, self._checked.get(mode, {}), observer):
+            with self._hooked(lambda n, p: law.shift(key, n, p, scale), names, checked, observer):
                 yield
         finally:
             for parameter, data in originals:
@@ -119,8 +120,7 @@ class Perturbation:
                     f"forward (first: {min(raw)!r}) and "
                     "were not perturbed; they are known now: evaluate again (Perturbation.value does)"
                 )
-            if len(names) == len(self.block.parameters):  # a law that skips tensors has not shown how those are read
-                self._checked[mode] = {n: -(-k // max(observer.forwards, 1)) for n, k in observer.uses.items()}
+            checked.update({n: -(-observer.uses.get(n, 0) // max(observer.forwards, 1)) for n in names})
 
     def derivative(self, f: Callable[[], Tensor], law: Law, key: Key) -> tuple[float, float]:
         """(f, D_u f) at w by forward-mode differentiation (the forward gradient of Baydin et al. 2022): no step mu,
@@ -133,7 +133,7 @@ class Perturbation:
         mode = (self.model.training, False)
         names = [n for n in self.block.names if law.touches(key, n)]
         with torch.no_grad():
-            if mode not in self._checked:
+            if not self._checked.get(mode, {}).keys() >= set(names):
                 self.value(f, law, key, 0.0)
             first = not self._derived
             observer = _Observer(self.block.parameters, set()) if first else None

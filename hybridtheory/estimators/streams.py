@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -118,12 +118,12 @@ def words(key: Key, name: str, n: int, chunk: int = 0) -> np.ndarray:
     return np.asarray(own.philox.random_raw(n))
 
 
-def _refill(twister: torch.Generator, key: Key, name: str, chunk: int) -> torch.Generator:
+def _refill(own: _Local, twister: torch.Generator, key: Key, name: str, chunk: int) -> torch.Generator:
     if twister.device.type == "cpu":
         # Reversed, because of the Mersenne state's first word only the top bit matters: the block that carries the
         # injection goes last.
-        _local.mersenne[:] = words(key, name, _WORDS // 2, chunk).view(np.uint32)[::-1]
-        twister.set_state(_local.template)
+        own.mersenne[:] = words(key, name, _WORDS // 2, chunk).view(np.uint32)[::-1]
+        twister.set_state(own.template)
     else:
         seed, offset = words(key, name, 2, chunk)
         # torch's device state is (seed, offset) with an offset that is a multiple of 4; the top two bits leave room
@@ -135,19 +135,40 @@ def _refill(twister: torch.Generator, key: Key, name: str, chunk: int) -> torch.
 
 def generator(key: Key, name: str, chunk: int = 0, device: torch.device | str = "cpu") -> torch.Generator:
     """A private torch generator at the start of the stream of (key, name, chunk)."""
-    return _refill(torch.Generator(device), key, name, chunk)
+    return _refill(_local, torch.Generator(device), key, name, chunk)
 
 
-def normal(key: Key, name: str, shape: Iterable[int], like: Tensor) -> Tensor:
+def normal(key: Key, name: str, shape: Sequence[int], like: Tensor) -> Tensor:
     """N(0, 1) of the given shape on ``like``'s device; float64 for float64 tensors, else float32."""
-    out = torch.empty(tuple(shape), dtype=torch.float32, device=like.device)
-    flat = out.view(-1)
-    twister = _local.twister if like.device.type == "cpu" else torch.Generator(like.device)
-    n = flat.numel()
-    for chunk, start in enumerate(range(0, n, CHUNK)):
-        part = flat if n <= CHUNK else flat[start : start + CHUNK]
-        part.normal_(generator=_refill(twister, key, name, chunk))
+    out = torch.empty(shape, dtype=torch.float32, device=like.device)
+    n = out.numel()
+    own = _local
+    twister = own.twister if out.device.type == "cpu" else torch.Generator(out.device)
+    if n <= CHUNK:
+        out.normal_(generator=_refill(own, twister, key, name, 0))
+    else:
+        flat = out.view(-1)
+        for chunk, start in enumerate(range(0, n, CHUNK)):
+            flat[start : start + CHUNK].normal_(generator=_refill(own, twister, key, name, chunk))
     return out.double() if like.dtype == torch.float64 else out
+
+
+def normal_chunk(key: Key, name: str, like: Tensor, chunk: int) -> Tensor:
+    """Elements [CHUNK chunk, CHUNK (chunk + 1)) of ``normal(key, name, like.shape, like)``, flat, without the rest."""
+    own = _local
+    out = torch.empty(min(CHUNK, like.numel() - chunk * CHUNK), dtype=torch.float32, device=like.device)
+    twister = own.twister if out.device.type == "cpu" else torch.Generator(out.device)
+    out.normal_(generator=_refill(own, twister, key, name, chunk))
+    return out.double() if like.dtype == torch.float64 else out
+
+
+def uniform(key: Key, name: str, like: Tensor) -> Tensor:
+    """U[0, 1) in ``like``'s shape, float32."""
+    out = torch.empty(like.shape, dtype=torch.float32, device=like.device)
+    flat = out.view(-1)
+    for chunk, start in enumerate(range(0, flat.numel(), CHUNK)):
+        flat[start : start + CHUNK].uniform_(generator=generator(key, name, chunk, like.device))
+    return out
 
 
 _SHIFTS = torch.arange(32, dtype=torch.int32)[:, None]
