@@ -116,7 +116,7 @@ class AtScale:
 @dataclass(frozen=True)
 class BlockPoint:
     """One block at one point. gHg is g'Hg/|g|^2; noise is the per-row gradient variance (1/n) sum |g_i - g|^2 of the
-    block.
+    block; rows_stderr is the error of the trace from the choice of rows, by a jackknife over micro-batches.
     """
 
     grad_norm: float
@@ -130,6 +130,7 @@ class BlockPoint:
     gHg: Estimate | None = None
     at_scale: AtScale | None = None
     noise: Estimate | None = None
+    rows_stderr: float | None = None
 
 
 @dataclass(frozen=True)
@@ -244,13 +245,13 @@ class Secant:
     """|g(w+h) - g(w)|/|h| on the same rows at both ends. L: of the full gradient; L_block: of this block's gradient
     when h moves this block.
 
-    move says what h was: the run's own step, a random direction in the block, or both blocks at once. Norms are those
-    at the base end w.
+    move says what h was: the run's own move since the last secant (block "all"), a step along the block's gradient, a
+    random direction in the block, or both groups at once. Norms are those at the base end w.
     """
 
     step: int
     block: str
-    move: Literal["trajectory", "random", "joint"]
+    move: Literal["trajectory", "gradient", "random", "joint"]
     grad_norm: float
     block_grad_norm: float
     radius: float
@@ -261,8 +262,8 @@ class Secant:
 
 @dataclass(frozen=True)
 class TrainStep:
-    """One step of the reference run: loss before it, gradient norm and rate per group; a rejected step was taken back
-    and the rate shrunk.
+    """One step of the reference run, counted from 1: loss after it and rate per group; a rejected step was taken back
+    and a rate halved.
     """
 
     step: int

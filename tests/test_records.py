@@ -101,7 +101,7 @@ def test_a_value_that_cannot_be_read_back_is_refused_when_written():
         ({"step": None}, "secant.step: int was expected, None came"),
         ({"step": 1.5}, "secant.step: int was expected, 1.5 came"),
         ({"step": True}, "secant.step: int was expected, True came"),
-        ({"move": "sideways"}, "secant.move: one of 'trajectory', 'random', 'joint' was expected"),
+        ({"move": "sideways"}, "secant.move: one of 'trajectory', 'gradient', 'random', 'joint' was expected"),
         ({"radius": "big"}, "secant.radius: float was expected, 'big' came"),
         ({"block": 3}, "secant.block: str was expected"),
     ],

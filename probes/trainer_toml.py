@@ -1,0 +1,85 @@
+"""trainer.toml: what a training run needs from a probe, readable by people and by `tomllib`.
+
+[rates]        eta_base, eta_peft, ratio; a rate that no rule could give is left out, and a comment says why
+[bound_by]     the rule that bound each
+[intervals]    lower and upper end of each, with what it covers as a comment
+[settings]     what the rates assume: mu, q, direction law, batch size, steps
+[source]       model, data, PEFT and seed of the measurement
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from probes.report import Report
+
+NAMES = {"base": "eta_base", "peft": "eta_peft", "ratio": "ratio"}
+
+
+def value(v: Any) -> str:
+    """A TOML value. JSON's strings are TOML's basic strings, but for the escapes of surrogates and the character DEL."""
+    if isinstance(v, bool):
+        return "true" if v else "false"
+    if isinstance(v, float):
+        return repr(v) if math.isfinite(v) else {math.inf: "inf", -math.inf: "-inf"}.get(v, "nan")
+    if isinstance(v, int):
+        return str(v)
+    if isinstance(v, list | tuple):
+        return "[" + ", ".join(value(x) for x in v) + "]"
+    return json.dumps(str(v), ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def comment(text: str) -> str:
+    """One line of comment, whatever the text holds."""
+    return "# " + " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def text(report: Report) -> str:
+    """The file. Without a recommendation it says so and carries no rates, rather than a guess."""
+    head, found = report.header, report.recommendation
+    lines = [
+        comment(
+            f"Learning rates for hybrid training (zeroth-order on the base, first-order on PEFT) of {head.model.name}"
+        ),
+        comment(f"on {head.data.name}, measured by probe-{head.probe}. report.md beside this file has the evidence."),
+    ]
+    if found is None:
+        return "\n".join([*lines, comment("The run ended before rates could be recommended."), ""])
+    rates = {NAMES[g]: (g, getattr(found, g)) for g in NAMES}
+    lines += ["", "[rates]"]
+    for name, (group, rate) in rates.items():
+        if rate is None or rate.value is None:
+            missing = "pair of rates" if group == "ratio" else f"{group} weights"
+            why = rate.note if rate is not None and rate.note else f"this run has no {missing}"
+            lines.append(comment(f"{name}: none ({why})"))
+            continue
+        bound = found.bound_by.get(group, "")
+        lines += [comment(f"{rate.formula}{f' ({rate.theorem})' if rate.theorem else ''}")] if rate.formula else []
+        lines += [comment(rate.note)] if rate.note else []
+        lines.append(f"{name} = {value(rate.value)}" + (f"  {comment('bound by ' + bound)}" if bound else ""))
+    lines += ["", "[bound_by]", *(f"{NAMES.get(g, g)} = {value(rule)}" for g, rule in found.bound_by.items())]
+    lines += ["", "[intervals]"]
+    for name, (_, rate) in rates.items():
+        if rate is not None and rate.interval is not None:
+            covers = f"  {comment('covers ' + rate.covers)}" if rate.covers else ""
+            lines.append(f"{name} = {value(list(rate.interval))}{covers}")
+    lines += [
+        "",
+        "[settings]",
+        comment("the rates hold for these; a direction law, mu or batch size of its own needs its own rates"),
+    ]
+    lines += [f"{key} = {value(v)}" for key, v in found.settings.items() if v is not None]
+    lines += ["", "[source]", f"model = {value(head.model.name)}", f"model_sha256 = {value(head.model.sha256)}"]
+    lines += [f"data = {value(head.data.name)}", f"data_sha256 = {value(head.data.sha256)}", f"seed = {head.seed}"]
+    if head.peft is not None:
+        peft = {
+            "type": head.peft.type,
+            "rank": head.peft.rank,
+            "alpha": head.peft.alpha,
+            "init": head.peft.init or None,
+        }
+        lines.append("peft = { " + ", ".join(f"{k} = {value(v)}" for k, v in peft.items() if v is not None) + " }")
+    return "\n".join(lines) + "\n"
