@@ -6,6 +6,7 @@ speaks of an expectation can be compared with hundreds of runs in a second.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,22 +34,22 @@ class Run:
     w: Array
 
     def averaged(self, c_x: float, c_y: float) -> tuple[float, float]:
-        """Mean over seeds of (1/T) Σ_t c_x‖g_x‖² + c_y‖g_y‖², and its standard error."""
+        """Mean over seeds of (1/T) Σ_t c_x‖g_x‖² + c_y‖g_y‖², and its standard error (0 for a single run)."""
         per_seed = (c_x * self.gx_sq + c_y * self.gy_sq).mean(0)
-        return float(per_seed.mean()), float(
-            per_seed.std(ddof=1) / np.sqrt(per_seed.size)
-        ) if per_seed.size > 1 else 0.0
+        error = float(per_seed.std(ddof=1)) / math.sqrt(per_seed.size) if per_seed.size > 1 else 0.0
+        return float(per_seed.mean()), error
 
 
 def directions(law: str, shape: tuple[int, ...], rng: np.random.Generator) -> Array:
     """[..., d] directions with E uu' = I."""
     if law == "rademacher":
-        return rng.integers(0, 2, shape) * 2.0 - 1.0
-    u = rng.standard_normal(shape)
+        signs: Array = rng.integers(0, 2, shape) * 2.0 - 1.0
+        return signs
+    u: Array = rng.standard_normal(shape)
     if law == "gaussian":
         return u
     if law == "sphere":
-        out: Array = u * np.sqrt(shape[-1]) / np.linalg.norm(u, axis=-1, keepdims=True)
+        out: Array = u * np.sqrt(shape[-1] / (u**2).sum(-1, keepdims=True))
         return out
     raise UserError(f"simulate knows the laws gaussian, sphere and rademacher, got {law!r}")
 
