@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -272,10 +272,3 @@ def _describe(model: Any) -> dict[str, Any]:
         }
         info["modules_to_save"] = sorted(saved)
     return info
-
-
-def virtual_tokens(info: dict[str, Any]) -> int:
-    return int(info.get("virtual_tokens", 0))
-
-
-PeftTest = Callable[[str], bool]

@@ -36,7 +36,19 @@ class Source:
 
 
 def plain(column: str) -> Callable[[Record], Example]:
-    return lambda r: Example((Prompt("", str(r[column]), ""),), text=(str(r[column]),))
+    """Records that are texts and nothing else."""
+
+    def render(r: Record) -> Example:
+        text = _text(r, column)
+        return Example((Prompt("", text, ""),), text=(text,))
+
+    return render
+
+
+def _text(record: Record, column: str) -> str:
+    if record.get(column) is None:
+        raise UserError(f"a row of the data has nothing in its column {column!r}: drop it or fill it in")
+    return str(record[column])
 
 
 def read_columns(
@@ -72,15 +84,15 @@ def read_columns(
     options = tuple(" " + w for w in words)
 
     def render(r: Record) -> Example:
-        parts = tuple(str(r[c]) for c in texts)
+        parts = tuple(_text(r, c) for c in texts)
         tail = "".join("\n" + p for p in parts[1:])
-        return Example((Prompt(before, parts[0], tail + after),), options, index(r[label]), parts)
+        return Example((Prompt(before, parts[0], tail + after),), options, index(r.get(label)), parts)
 
     return Source(name, splits, render, words)
 
 
 def _completion(r: Record) -> Example:
-    prompt, completion = str(r["prompt"]), str(r["completion"])
+    prompt, completion = _text(r, "prompt"), _text(r, "completion")
     gap = "" if prompt[-1:].isspace() or completion[:1].isspace() else " "
     return Example((Prompt("", prompt, ""),), (gap + completion,))
 
@@ -101,18 +113,19 @@ def _label_words(
     values: set[Any] = set()
     for records in splits.values():
         values |= set(records.unique(column)) if hasattr(records, "unique") else {r.get(column) for r in records}
-    numbers = all(
-        isinstance(v, (int, float)) or (isinstance(v, str) and v.strip().lstrip("-").isdigit()) for v in values
-    )
+    if None in values or "" in values:
+        raise UserError(f"{name} has rows without a label in column {column!r}: drop them")
+    numbers = all(_whole(v) for v in values)
+    if not numbers and any(isinstance(v, float) for v in values):
+        raise UserError(f"the column {column!r} of {name} holds fractions: classes are whole numbers or words")
     if numbers:
         known = given or names or [str(i) for i in range(max((int(v) for v in values), default=0) + 1)]
     else:
         known = given or sorted(str(v) for v in values)
     words = tuple(str(w).strip() for w in known)
     if len(words) < 2:
-        raise UserError(
-            f"the column {column!r} of {name} holds one label only ({words[0] if words else 'none'}): two are needed"
-        )
+        only = words[0] if words else "none"
+        raise UserError(f"the column {column!r} of {name} holds one label only ({only}): two are needed")
 
     def index(value: Any) -> int:
         if numbers:
@@ -123,3 +136,9 @@ def _label_words(
         return words.index(word)
 
     return words, index
+
+
+def _whole(value: Any) -> bool:
+    if isinstance(value, str):
+        return value.strip().lstrip("-").isdigit()
+    return isinstance(value, int) or (isinstance(value, float) and value.is_integer())

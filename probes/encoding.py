@@ -30,7 +30,7 @@ class Encoder:
     kind         "causal", "masked", "seq2seq" or "classification".
     max_length   tokens a sequence may have (the model's context less its virtual tokens, or the user's smaller number).
     start        first token of a decoder (seq2seq).
-    counts       "rows", "truncated", "tokens" so far.
+    counts       "truncated" and "skipped" rows so far.
     """
 
     tokenizer: Any
@@ -59,8 +59,8 @@ class Encoder:
         pieces = [ids[i : i + room] for i in range(0, len(ids), room)]
         return [self._plain(piece) for piece in pieces if len(piece) >= 2]
 
-    def __call__(self, example: Example) -> Row:
-        self.counts["rows"] += 1
+    def __call__(self, example: Example) -> Row | None:
+        """One row; None for a plain text of fewer than two tokens, in which nothing can be predicted."""
         if self.kind == "classification":
             return self._classified(example)
         if not example.options:
@@ -68,15 +68,13 @@ class Encoder:
             room = self.max_length - self._room()
             if len(ids) > room:
                 self.counts["truncated"] += 1
-            if len(ids[:room]) < 2:
-                raise UserError(
-                    f"a row of the data has {len(ids)} tokens and 2 are needed to predict one: drop empty rows"
-                )
+            if len(ids) < 2:
+                self.counts["skipped"] += 1
+                return None
             return self._plain(ids[:room])
         prompts = example.prompts * (len(example.options) if len(example.prompts) == 1 else 1)
-        prompts = self._fit(prompts, example.options)
-        options = [self._continued(p, o) for p, o in zip(prompts, example.options, strict=True)]
-        self.counts["tokens"] += len(options[example.label]["input_ids"])
+        fitted = self._fit(prompts, example.options)
+        options = [self._continued(p, o) for p, o in zip(fitted, example.options, strict=True)]
         return {"options": options, "label": example.label}
 
     # --- one sequence -------------------------------------------------------------------------------------------------
@@ -86,7 +84,6 @@ class Encoder:
         return len(self.before) - 1 if self.kind == "causal" else len(self.before) + len(self.after)
 
     def _plain(self, ids: list[int]) -> Row:
-        self.counts["tokens"] += len(ids)
         if self.kind == "causal":
             ids = self.before + ids
             option = {"input_ids": ids[:-1], "targets": ids[1:]}
@@ -139,16 +136,15 @@ class Encoder:
         whole = self.tokenizer(*example.text, verbose=False)["input_ids"]
         self.counts["truncated"] += len(whole) > self.max_length
         out = self.tokenizer(*example.text, truncation=True, max_length=self.max_length, verbose=False)
-        self.counts["tokens"] += len(out["input_ids"])
         option = {k: list(out[k]) for k in ("input_ids", "token_type_ids") if k in out}
         return {"options": [option], "label": example.label}
 
     # --- long texts ---------------------------------------------------------------------------------------------------
 
-    def _fit(self, prompts: Sequence[Prompt], options: Sequence[str]) -> list[Prompt]:
+    def _fit(self, given: Sequence[Prompt], options: Sequence[str]) -> list[Prompt]:
         """Cut the passage (never the question, never the answer) until every option's sequence fits; the same cut for
         all options."""
-        prompts = list(prompts)
+        prompts = list(given)
         over = self._over(prompts, options)
         if over <= 0:
             return prompts

@@ -39,18 +39,22 @@ def load_source(
     Raises UserError when nothing is found, when it is empty, or when no column can be read.
     """
     name = str(data)
+    if (name in TASKS or name == "sentiment") and (labels or template or text_column or label_column):
+        raise UserError(
+            f"the named task {name} brings its own prompt and label words: leave labels, template and columns out"
+        )
     if name == "sentiment":
         return _check(Source(name, _sentiment_splits(), sentiment, (" terrible", " great")))
     if name in TASKS:
-        task = TASKS[name]
-        splits = _named_splits(name)
-        return _check(Source(name, splits, task.render))
+        return _check(Source(name, _named_splits(name), TASKS[name].render))
     path = Path(name).expanduser()
+    names: dict[str, list[str]] = {}
     if path.is_file():
-        splits, names = _file_splits(path)
-        if splits is None:
+        records = _file_records(path)
+        if records is None:
             text = path.read_text(encoding="utf-8", errors="replace")
             return _check(Source(name, {"train": [{"text": text}]}, plain("text"), running=True))
+        splits: dict[str, Sequence[Record]] = {"train": records}
     elif path.is_dir():
         splits, names = _folder_splits(path)
     elif path.suffix.lower() in SUFFIXES or name.startswith((".", "/", "~")):
@@ -215,23 +219,24 @@ def _by_split(loaded: Any) -> tuple[dict[str, Sequence[Record]], dict[str, list[
     return found, names
 
 
-def _file_splits(path: Path) -> tuple[dict[str, Sequence[Record]] | None, dict[str, list[str]]]:
+def _file_records(path: Path) -> Sequence[Record] | None:
+    """Rows of a table; None for a plain text file."""
     suffix = path.suffix.lower()
     try:
         if suffix in (".jsonl", ".json"):
-            return {"train": _read_json(path)}, {}
+            return _read_json(path)
         if suffix in (".csv", ".tsv"):
-            with path.open(newline="", encoding="utf-8") as file:
-                return {"train": list(csv.DictReader(file, delimiter="\t" if suffix == ".tsv" else ","))}, {}
+            with path.open(newline="", encoding="utf-8-sig") as file:
+                return list(csv.DictReader(file, delimiter="\t" if suffix == ".tsv" else ","))
         if suffix == ".parquet":
             import pyarrow.parquet
 
-            return {"train": pyarrow.parquet.read_table(path).to_pylist()}, {}
+            return pyarrow.parquet.read_table(path).to_pylist()
+    except UserError:
+        raise
     except (ValueError, OSError, csv.Error) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"the file {path} cannot be read as {suffix[1:]}: {_first_line(error)}") from None
-    return None, {}
+    return None
 
 
 def _read_json(path: Path) -> list[Record]:

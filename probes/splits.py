@@ -8,40 +8,58 @@ from typing import Any
 import torch
 
 from hybridtheory.errors import UserError
+from probes.columns import Source
 from probes.encoding import Encoder, Row
-from probes.sources import Source
+from probes.prompts import Example
 
 HELD_OUT = 0.2  # share of a source without splits that is kept for testing
 
 
-def chosen(source: Source, rows: int | None, seed: int) -> list[Any]:
-    """The records that are measured: the first ``rows`` of the seeded shuffle of the training split."""
-    if source.running:
-        return list(source.splits["train"])
-    if len(source.splits) == 1:
-        return list(split_records(source, seed)["train"][:rows])
+def shuffled(source: Source, seed: int) -> Sequence[Any]:
+    """The training records in the seeded order in which they are measured."""
+    if source.running or len(source.splits) == 1:
+        return split_records(source, seed)["train"]
     records = source.splits["train"]
-    return [records[i] for i in order(len(records), seed)[:rows]]
+    return _Picked(records, order(len(records), seed))
 
 
-def encode(source: Source, records: Sequence[Any], encoder: Encoder, rows: int | None, seed: int) -> list[Row]:
-    """Tokenised rows of ``records``, with every label checked against the options."""
+def encode(
+    source: Source, records: Sequence[Any], encoder: Encoder, rows: int | None, seed: int
+) -> tuple[list[Row], list[Any]]:
+    """The first ``rows`` rows that can be tokenised, and the records they came from; every label is checked."""
     if source.running:
         found = [row for r in records for row in encoder.running(r["text"])]
         if not found:
             raise UserError(f"the data {source.name} is too short: it has fewer than 2 tokens")
         found = found[: _cut(len(found))]
-        return [found[i] for i in order(len(found), seed)[:rows]]
-    found = []
+        return [found[i] for i in order(len(found), seed)[:rows]], list(records)
+    found, used = [], []
     for record in records:
+        if rows is not None and len(found) == rows:
+            break
+        row = encoder(checked(source, record))
+        if row is not None:
+            found.append(row)
+            used.append(record)
+    if not found:
+        raise UserError(f"the data {source.name} is empty: none of its {len(records)} rows has 2 tokens or more")
+    return found, used
+
+
+def checked(source: Source, record: Any) -> Example:
+    """The record as an example whose label is one of its options."""
+    try:
         example = source.render(record)
-        if example.options and not 0 <= example.label < len(example.options):
-            raise UserError(
-                f"a row of {source.name} has the label {example.label}, outside 0 to {len(example.options) - 1} "
-                f"({', '.join(o.strip() for o in example.options)}): drop unlabelled rows or pass the label words"
-            )
-        found.append(encoder(example))
-    return found
+    except (KeyError, AttributeError, TypeError) as error:
+        raise UserError(
+            f"a row of {source.name} cannot be read ({error!r}): its columns are {', '.join(record)}"
+        ) from None
+    if example.options and not 0 <= example.label < len(example.options):
+        raise UserError(
+            f"a row of {source.name} has the label {example.label}, outside 0 to {len(example.options) - 1} "
+            f"({', '.join(o.strip() for o in example.options)}): drop unlabelled rows or pass the label words"
+        )
+    return example
 
 
 class Splits(Mapping[str, list[Row]]):
@@ -60,7 +78,7 @@ class Splits(Mapping[str, list[Row]]):
                 cut = _cut(len(rows))
                 self._done |= {"train": rows[:cut], "test": rows[cut:]}
             else:
-                self._done[name] = encode(self._source, records, self._encoder, None, self._seed)
+                self._done[name] = encode(self._source, records, self._encoder, None, self._seed)[0]
         return self._done[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -78,9 +96,9 @@ def split_records(source: Source, seed: int) -> dict[str, Sequence[Any]]:
     if len(splits) > 1:
         return splits
     ((_, records),) = splits.items()
-    shuffled = order(len(records), seed)
-    cut = _cut(len(shuffled))
-    return {"train": _Picked(records, shuffled[:cut]), "test": _Picked(records, shuffled[cut:])}
+    picked = order(len(records), seed)
+    cut = _cut(len(picked))
+    return {"train": _Picked(records, picked[:cut]), "test": _Picked(records, picked[cut:])}
 
 
 def _cut(n: int) -> int:

@@ -27,7 +27,8 @@ from probes.encoding import Encoder, Row, collate
 from probes.models import Loaded, kind_of, load_model, prepare
 from probes.objectives import ClassLoss, LabelLoss, TokenLoss
 from probes.sources import Source, load_source
-from probes.splits import Splits, chosen, encode, split_records
+from probes.splits import Splits, checked, encode, shuffled
+from probes.trial import length, try_out
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_LENGTH = 256  # default tokens a row: SST-2 and its like need 60; longer passages are cut, with a count
@@ -137,19 +138,17 @@ def load_task(
         template=template,
         text_column=text_column,
         label_column=label_column,
-        revision=None,
         trust_remote_code=trust_remote_code,
     )
-    records = chosen(source, rows, seed)
-    first = source.render(records[0])
-    classes = len(source.labels) or len(first.options) or None
+    records = shuffled(source, seed)
+    options = checked(source, records[0]).options
     if isinstance(model, nn.Module):
         loaded = _given(model, tokenizer, head)
     else:
         loaded = load_model(
             model,
-            labelled=len(first.options) > 1,
-            num_labels=classes,
+            labelled=len(options) > 1,
+            num_labels=len(options) or None,
             head=head,
             dtype=wide,
             seed=seed,
@@ -157,58 +156,36 @@ def load_task(
             trust_remote_code=trust_remote_code,
             cache=Path(cache) if cache else None,
         )
-    if loaded.kind == "classification" and len(first.options) < 2:
-        raise UserError(
-            f"a classifier needs labelled data, and {source.name} is plain text: pass a labelled task or --head masked"
-        )
+    objective = _objective(loaded, loss, source, options)
     wrapped, peft_info = adapters.attach(
         loaded, peft, rank=rank, alpha=alpha, targets=targets, virtual_tokens=virtual_tokens, init=init, seed=seed
     )
-    base = loaded.quantised is None
-    if not base and not peft_info:
-        raise UserError(
-            f"the base is quantised ({loaded.quantised}): its weights have no gradient, so only an adapter's "
-            f"curvature can be measured; "
-            f"choose --peft lora, or load the unquantised model"
-        )
-    if base:
+    if loaded.quantised is None:
         wrapped.to(place)
-    room = _room(loaded, adapters.virtual_tokens(peft_info), max_length)
-    start = getattr(getattr(loaded.model, "config", None), "decoder_start_token_id", None)
-    if loaded.kind == "seq2seq" and start is None:
-        start = (
-            loaded.tokenizer.bos_token_id
-            if loaded.tokenizer.bos_token_id is not None
-            else loaded.tokenizer.pad_token_id
+    elif not peft_info:
+        raise UserError(
+            f"the base is quantised ({loaded.quantised}): its weights have no gradient, so only an adapter's curvature "
+            f"can be measured; choose --peft lora, or load the unquantised model"
         )
-    encoder = Encoder(loaded.tokenizer, loaded.kind, room, seed, start)
-    encoded = encode(source, records, encoder, rows, seed)
-    objective = _objective(loaded.kind, loss, source, first.options)
-    notes = list(loaded.notes)
-    if loaded.cleared_padding:
-        notes.append(f"padding_idx cleared for the measurement in {', '.join(loaded.cleared_padding)}")
-    if not base:
-        notes.append(
-            f"the base is quantised ({loaded.quantised}): base curvature is refused, the adapter's alone is measured"
-        )
-    if encoder.counts["truncated"]:
-        notes.append(
-            f"{encoder.counts['truncated']} of {len(encoded)} rows were longer than {room} tokens and were cut"
-        )
+    room = _room(loaded, int(peft_info.get("virtual_tokens", 0)), max_length)
+    encoder = Encoder(loaded.tokenizer, loaded.kind, room, seed, _decoder_start(loaded))
+    encoded, used = encode(source, records, encoder, rows, seed)
+    info = _info(loaded, source, objective, options) | _measured(encoder, encoded, used, len(options))
+    info["rows_available"] = None if source.running else len(records)
     task = Task(
-        wrapped,
-        objective,
-        encoded,
-        loaded.tokenizer,
-        adapters.is_peft,
-        peft_info,
-        _info(loaded, source, records, encoded, encoder, objective, first.options, base, seed),
-        Splits(source, encoder, seed),
-        loaded.kind,
-        base,
-        notes,
+        model=wrapped,
+        objective=objective,
+        rows=encoded,
+        tokenizer=loaded.tokenizer,
+        is_peft=adapters.is_peft,
+        peft_info=peft_info,
+        info=info,
+        splits=Splits(source, encoder, seed),
+        kind=loaded.kind,
+        base=loaded.quantised is None,
+        notes=_notes(loaded, info),
     )
-    _check_forward(task, peft)
+    try_out(task, peft)
     return task
 
 
@@ -258,8 +235,19 @@ def _room(loaded: Loaded, virtual: int, max_length: int | None) -> int:
     return room
 
 
-def _objective(kind: str, loss: str, source: Source, options: Sequence[str]) -> TokenLoss | ClassLoss:
-    if kind == "classification":
+def _decoder_start(loaded: Loaded) -> int | None:
+    start = getattr(getattr(loaded.model, "config", None), "decoder_start_token_id", None)
+    if start is None and loaded.kind == "seq2seq":
+        start = loaded.tokenizer.bos_token_id
+    return loaded.tokenizer.pad_token_id if start is None else start
+
+
+def _objective(loaded: Loaded, loss: str, source: Source, options: Sequence[str]) -> TokenLoss | ClassLoss:
+    if loaded.kind == "classification":
+        if len(options) < 2:
+            raise UserError(
+                f"a classifier needs labelled data, and {source.name} is plain text: pass a labelled task or --head masked"
+            )
         return ClassLoss()
     if loss == "labels":
         if len(options) < 2:
@@ -270,106 +258,49 @@ def _objective(kind: str, loss: str, source: Source, options: Sequence[str]) -> 
     return TokenLoss(per_row=len(options) > 1)
 
 
-def _info(
-    loaded: Loaded,
-    source: Source,
-    records: Sequence[Any],
-    rows: Sequence[Row],
-    encoder: Encoder,
-    objective: TokenLoss | ClassLoss,
-    options: Sequence[str],
-    base: bool,
-    seed: int,
-) -> dict[str, Any]:
-    labelled = len(options) > 1
-    counts = Counter(r["label"] for r in rows)
-    # The raw rows, so that the hash does not depend on the tokenizer that reads them.
-    text = json.dumps([dict(r) for r in records], sort_keys=True, default=str)
+def _info(loaded: Loaded, source: Source, objective: TokenLoss | ClassLoss, options: Sequence[str]) -> dict[str, Any]:
     return {
         "model": loaded.name,
         "model_sha256": loaded.sha256,
         "kind": loaded.kind,
         "context": loaded.context,
-        "max_length": encoder.max_length,
         "padding_idx_cleared": loaded.cleared_padding,
         "quantised": loaded.quantised,
-        "base_curvature": base,
+        "base_curvature": loaded.quantised is None,
         "data": source.name,
-        "data_sha256": hashlib.sha256(text.encode()).hexdigest(),
-        "rows": len(rows),
-        "rows_available": None if source.running else len(split_records(source, seed)["train"]),
-        "tokens": sum(_length(r) for r in rows),
-        "truncated": encoder.counts["truncated"],
         "loss": objective.name,
         "loss_mean_over": "rows" if objective.per_row else "tokens",
-        "labels": [o.strip() for o in source.labels or options] if labelled else None,
-        "floor": max(counts.values()) / len(rows) if labelled else None,
+        "labels": [o.strip() for o in source.labels or options] if len(options) > 1 else None,
     }
 
 
-def _check_forward(task: Task, peft: str) -> None:
-    """A small forward and backward pass: does the pair of model and adapter run, does the adapter take part, and are
-    the logits of the needed positions those of the full ones? Two short rows of different length show padding too."""
-    by_length = sorted(task.rows, key=_length)
-    other = next((r for r in by_length if _length(r) > _length(by_length[0])), by_length[-1])
-    batch = task.collate([by_length[0], other])
-    objective = task.objective
-    try:
-        gradient = _adapter_gradient(task, batch)
-        if not isinstance(objective, ClassLoss) and not _selection_is_exact(task.model, objective, batch):
-            objective.select = False
-            task.notes.append("this output layer needs all positions: the logits of whole rows are computed")
-    except (ValueError, TypeError, RuntimeError, AttributeError, IndexError, NotImplementedError, KeyError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:240]
-        raise UserError(
-            f"{task.info['model']} does not run with --peft {peft} ({type(error).__name__}: {reason}): "
-            f"choose another of {', '.join(adapters.TYPES)}"
-        ) from error
-    if gradient == 0.0:
-        raise UserError(
-            f"the loss of {task.info['model']} does not depend on its {task.peft_info['type']} adapter (its "
-            f"gradient is zero): "
-            f"the architecture ignores it, choose another of {', '.join(adapters.TYPES)}"
+def _measured(encoder: Encoder, rows: Sequence[Row], records: Sequence[Any], options: int) -> dict[str, Any]:
+    """What is known about the rows that are measured; the hash is of the raw records, whatever tokenizer reads them."""
+    text = json.dumps([dict(r) for r in records], sort_keys=True, default=str)
+    majority = max(Counter(r["label"] for r in rows).values())
+    return {
+        "data_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "rows": len(rows),
+        "tokens": sum(length(r) for r in rows),
+        "max_length": encoder.max_length,
+        "truncated": encoder.counts["truncated"],
+        "skipped": encoder.counts["skipped"],
+        "floor": majority / len(rows) if options > 1 else None,
+    }
+
+
+def _notes(loaded: Loaded, info: dict[str, Any]) -> list[str]:
+    notes = list(loaded.notes)
+    if loaded.cleared_padding:
+        notes.append(f"padding_idx cleared for the measurement in {', '.join(loaded.cleared_padding)}")
+    if loaded.quantised is not None:
+        notes.append(
+            f"the base is quantised ({loaded.quantised}): base curvature is refused, the adapter's alone is measured"
         )
-
-
-def _length(row: Row) -> int:
-    return len(row["options"][_right(row)]["input_ids"])
-
-
-def _right(row: Row) -> int:
-    return row["label"] if len(row["options"]) > 1 else 0
-
-
-def _adapter_gradient(task: Task, batch: dict[str, Tensor]) -> float | None:
-    """Largest entry of the adapter's gradient on one batch; None without an adapter."""
-    found = [p for n, p in task.model.named_parameters() if p.is_floating_point() and task.is_peft(n)]
-    if not found:
-        return None
-    before = [p.requires_grad for p in task.model.parameters()]
-    try:
-        task.model.requires_grad_(False)
-        for p in found:
-            p.requires_grad_(True)
-        full = task.objective if isinstance(task.objective, ClassLoss) else _full(task.objective)
-        loss = full.loss(full.forward(task.model, batch), batch)
-        grads = torch.autograd.grad(loss, found, allow_unused=True) if loss.requires_grad else []
-    finally:
-        for p, flag in zip(task.model.parameters(), before, strict=True):
-            p.requires_grad_(flag)
-    return max((float(g.abs().max()) for g in grads if g is not None), default=0.0)
-
-
-@torch.no_grad()
-def _selection_is_exact(model: nn.Module, objective: TokenLoss, batch: dict[str, Tensor]) -> bool:
-    z = _full(objective).forward(model, batch).double()
-    try:
-        few = objective.forward(model, batch).double()
-    except Exception:  # an output layer that wants its input whole
-        return False
-    eps = torch.finfo(next(model.parameters()).dtype).eps
-    return few.shape == z.shape and float((few - z).abs().max()) <= 100 * eps * float(z.abs().max())
-
-
-def _full(objective: TokenLoss) -> TokenLoss:
-    return type(objective)(per_row=objective.per_row, select=False)
+    if info["truncated"]:
+        notes.append(
+            f"{info['truncated']} of {info['rows']} rows were longer than {info['max_length']} tokens and were cut"
+        )
+    if info["skipped"]:
+        notes.append(f"{info['skipped']} rows of fewer than 2 tokens were left out")
+    return notes

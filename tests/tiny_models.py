@@ -11,7 +11,7 @@ import transformers as tf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<mask>", "<unk>"]
-V = 272  # 256 bytes, five special tokens, a few merges
+V = 304  # 256 bytes, five special tokens, and merges that make one token of " great" and " terrible"
 H, HEADS, LAYERS = 16, 2, 2
 TEXT = ["it was great", "it was terrible", "the film was great", "the story was terrible"] * 4
 
