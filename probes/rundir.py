@@ -7,14 +7,16 @@ renamed, so that it is never seen half written.
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
 from hybridtheory.errors import UserError
-from probes.jsonl import differences, encode, read_lines
+from probes.jsonl import differences, encode, read_lines, stable
 from probes.records import End, Header, Point, Record, Secant
 
 try:
@@ -26,14 +28,22 @@ RECORDS = "records.jsonl"
 MEASUREMENTS = (Point, Secant)
 
 
-def default_folder(probe: str, model: str, data: str, root: Path = Path("runs")) -> Path:
-    """runs/PROBE-MODEL-DATA, or the first of -2, -3, ... that does not exist: short, sortable, without the time of
-    day.
-    """
+def _candidates(probe: str, model: str, data: str, root: Path) -> Iterator[Path]:
+    """root/PROBE-MODEL-DATA, then -2, -3, ...: short, sortable, without the time of day."""
     parts = (probe, Path(model).name, Path(data).name)
     stem = "-".join(re.sub(r"[^A-Za-z0-9._]+", "-", part).strip("-.") or "x" for part in parts)
-    candidates = (root / (stem if i == 1 else f"{stem}-{i}") for i in range(1, 10_000))
-    return next(path for path in candidates if not path.exists())
+    return (root / (stem if i == 1 else f"{stem}-{i}") for i in range(1, 10_000))
+
+
+def default_folder(probe: str, model: str, data: str, root: Path = Path("runs")) -> Path:
+    """The first name for a new run that is not taken."""
+    return next(path for path in _candidates(probe, model, data, root) if not path.exists())
+
+
+def latest_folder(probe: str, model: str, data: str, root: Path = Path("runs")) -> Path | None:
+    """The last of the names that are taken: what --resume goes on with."""
+    taken = list(itertools.takewhile(Path.exists, _candidates(probe, model, data, root)))
+    return taken[-1] if taken else None
 
 
 def check_free(folder: Path) -> None:
@@ -66,6 +76,10 @@ def finished(records: Iterable[Record]) -> bool:
     return bool(ends) and ends[-1].reason == "finished"
 
 
+def _said(record: Record) -> str:
+    return type(record).__name__ + json.dumps(stable(record), sort_keys=True)
+
+
 class RunFolder:
     """Appends records to FOLDER/records.jsonl; the folder is made at the first Point or Secant.
 
@@ -78,6 +92,7 @@ class RunFolder:
         self.done: list[Record] = []
         self.dropped = ""
         self.started = False
+        self._done_said: set[str] = set()
         self._pending: list[Record] = []
         self._file: IO[bytes] | None = None
         if resume:
@@ -85,13 +100,20 @@ class RunFolder:
         else:
             check_free(self.path)
 
-    def append(self, record: Record) -> None:
-        """Write `record` to the disk before returning, once there is a measurement to keep."""
+    def append(self, record: Record) -> bool:
+        """Write `record` to the disk before returning, once there is a measurement to keep.
+
+        False where a resumed run says again what already stands in the file, time and place aside: the file of an
+        interrupted and resumed run is then that of an uninterrupted one.
+        """
         if self.started and isinstance(record, Header):
-            return self._check_same(record)
+            self._check_same(record)
+        if self.done and _said(record) in self._done_said:
+            return False
         self._pending.append(record)
         if self.started or isinstance(record, MEASUREMENTS):
             self._flush()
+        return True
 
     def write(self, name: str, save: Callable[[Path], None]) -> Path:
         """Let `save(path)` write a whole file, then rename it to FOLDER/name: readers see the old file or the new
@@ -133,7 +155,12 @@ class RunFolder:
             self.dropped = f"the last line of {path} was cut short ({lost} bytes) and is measured again"
             self._file.truncate(len(complete))
         self.done, _ = read_lines(complete.decode("utf-8"), str(path))
+        if self.done and isinstance(self.done[-1], End) and self.done[-1].reason != "finished":
+            # The run did not end there after all.
+            self._file.truncate(complete[:-1].rfind(b"\n") + 1)
+            self.done.pop()
         self.started = bool(self.done)
+        self._done_said = {_said(record) for record in self.done}
 
     def _open(self, path: Path) -> IO[bytes]:
         file = open(path, "ab", buffering=0)  # noqa: SIM115 - it stays open as long as the run

@@ -185,6 +185,26 @@ def test_resume_drops_a_line_that_was_cut_short(tmp_path, lost):
     assert rundir.load(folder) == [header(), secant(0), secant(2)]
 
 
+def test_a_resumed_file_is_that_of_an_uninterrupted_run(tmp_path):
+    wanted = [header(), R.Preflight("ok", []), R.Warning("w"), secant(0), secant(1), R.End("finished")]
+    folder = tmp_path / "run"
+    with rundir.RunFolder(folder) as run:
+        assert all(run.append(r) for r in wanted[:4])
+        run.append(R.End("interrupted"))
+    with rundir.RunFolder(folder, resume=True) as run:
+        assert not rundir.finished(run.done)
+        assert [run.append(r) for r in (header(started="later"), *wanted[1:])] == [
+            False,
+            False,
+            False,
+            False,
+            True,
+            True,
+        ]
+    assert rundir.load(folder) == wanted
+    assert rundir.finished(rundir.load(folder))
+
+
 def test_resume_refuses_another_measurement(tmp_path):
     folder = tmp_path / "run"
     with rundir.RunFolder(folder) as run:
@@ -246,7 +266,9 @@ def test_default_folder_is_short_and_free(tmp_path):
     first = rundir.default_folder("smoothness", "/models/My Model", "data/x.csv", tmp_path)
     assert first.name == "smoothness-My-Model-x.csv"
     first.mkdir()
+    assert rundir.latest_folder("smoothness", "org/My Model", "x.csv", tmp_path) == first
     assert rundir.default_folder("smoothness", "org/My Model", "x.csv", tmp_path).name == first.name + "-2"
+    assert rundir.latest_folder("smoothness", "other", "x.csv", tmp_path) is None
 
 
 def test_records_are_read_where_torch_is_not():
