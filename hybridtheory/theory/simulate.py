@@ -45,7 +45,7 @@ def directions(law: str, shape: tuple[int, ...], rng: np.random.Generator) -> Ar
     if law == "rademacher":
         signs: Array = rng.integers(0, 2, shape) * 2.0 - 1.0
         return signs
-    u: Array = rng.standard_normal(shape)
+    u = np.asarray(rng.standard_normal(shape))
     if law == "gaussian":
         return u
     if law == "sphere":
