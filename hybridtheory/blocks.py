@@ -22,7 +22,9 @@ KINDS = ("attention", "mlp", "norm", "embedding", "head", "other")
 _DEAD = re.compile(r"(^|\.)original_module(\.|$)")
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 _NORM = re.compile(r"norm|(^|[._])ln(_|\d|\.|$)", re.IGNORECASE)
-_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|score|classifier|classification_head|pre_classifier|cls|head|pooler|vocab_\w+)(\.|$)")
+_HEAD = re.compile(
+    r"(^|\.)(lm_head|embed_out|score|classifier|classification_head|pre_classifier|cls|head|pooler|vocab_\w+)(\.|$)"
+)
 _EMBEDDING = re.compile(r"embed|(^|\.)(wte|wpe|shared)(\.|$)", re.IGNORECASE)
 
 
@@ -132,7 +134,9 @@ def _labeller(model: nn.Module, by: str) -> Callable[[str], str]:
     try:
         pattern = re.compile(by)
     except re.error as error:
-        raise UserError(f"--blocks takes group, layer, module or a regular expression, and {by!r} is not one: {error}") from None
+        raise UserError(
+            f"--blocks takes group, layer, module or a regular expression, and {by!r} is not one: {error}"
+        ) from None
 
     def match(name: str) -> str:
         hit = pattern.search(name)
@@ -144,7 +148,7 @@ def _labeller(model: nn.Module, by: str) -> Callable[[str], str]:
 
 
 def _layer_label(name: str, owner: nn.Module | None, stacks: set[str], with_kind: bool) -> str:
-    """"layer.07" or "layer.07.mlp" inside a numbered stack; the kind alone ("embedding", "norm", "head") outside."""
+    """ "layer.07" or "layer.07.mlp" inside a numbered stack; the kind alone ("embedding", "norm", "head") outside."""
     parts = name.split(".")
     index = next((i for i, part in enumerate(parts) if part.isdigit()), None)
     kind = _kind(parts, index, owner)

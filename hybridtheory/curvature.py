@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,7 +38,9 @@ class Lanczos:
     weights: np.ndarray  # (k,), sum to 1
     lam_max: Estimate
     lam_min: Estimate
-    warm: Tensors | None = field(default=None, repr=False)  # sum of the two end Ritz vectors, unit norm: a start for the next point
+    warm: Tensors | None = field(
+        default=None, repr=False
+    )  # sum of the two end Ritz vectors, unit norm: a start for the next point
 
     @property
     def steps(self) -> int:
@@ -75,10 +78,12 @@ def lanczos(
     ends: Sequence[str] = ("max", "min"),
     min_steps: int = 8,
     failure: float = 0.05,
+    bound: float = math.inf,
     mixed: bool = False,
     basis: bool | None = None,
 ) -> Lanczos:
-    """Both ends of the spectrum of a symmetric map, until each end in ``ends`` is resolved to the relative error ``tol``.
+    """Both ends of the spectrum of a symmetric map, until each end in ``ends`` is resolved to the relative error ``tol`` and the
+    one-sided bounds (each holds with probability 1 - 2 ``failure``) lie within ``bound`` spreads of the Ritz values.
 
     The error of a Ritz value is estimated as min(r, r²/gap) from its residual r and its distance to the next Ritz value. Without a kept
     basis the vectors lose orthogonality and converged values reappear as copies: ends stay right, copies only waste steps.
@@ -88,11 +93,15 @@ def lanczos(
     keep = d * steps_allowed <= BASIS_ELEMENTS if basis is None else basis
     q = scale(start, 1 / norm(start))
     previous: Tensors | None = None
-    stored: list[torch.Tensor] = [torch.empty(steps_allowed, t.numel(), dtype=t.dtype, device=t.device) for t in q] if keep else []
+    stored: list[torch.Tensor] = (
+        [torch.empty(steps_allowed, t.numel(), dtype=t.dtype, device=t.device) for t in q] if keep else []
+    )
     alphas: list[float] = []
     betas: list[float] = []
     beta = 0.0
-    agreed = 0  # consecutive steps at which every wanted end was resolved: one alone may rest on a neighbour not yet seen
+    agreed = (
+        0  # consecutive steps at which every wanted end was resolved: one alone may rest on a neighbour not yet seen
+    )
     while True:
         k = len(alphas)
         for rows, t in zip(stored, q, strict=False):
@@ -100,7 +109,9 @@ def lanczos(
         w = [t.detach() for t in matvec(q)]
         alphas.append(dot(w, q))
         if not math.isfinite(alphas[-1]):
-            raise UserError("a Hessian product is not finite: lower the dtype's load (use float32) or check the loss at this point")
+            raise UserError(
+                "a Hessian product is not finite: lower the dtype's load (use float32) or check the loss at this point"
+            )
         add_(w, q, -alphas[-1])
         if previous is not None:
             add_(w, previous, -beta)
@@ -119,15 +130,15 @@ def lanczos(
             if name in ends
         )
         agreed = agreed + 1 if enough else 0
-        if exhausted or (agreed >= 2 and k + 1 >= min_steps) or k + 1 == steps_allowed:
+        bounded = _outer(end_excess(d, k + 1, failure, mixed)) <= bound
+        if exhausted or (agreed >= 2 and bounded and k + 1 >= min_steps) or k + 1 == steps_allowed:
             break
         betas.append(beta)
         previous, q = q, scale_(w, 1 / beta)
     residuals = np.zeros_like(theta) if exhausted else np.abs(beta * s[-1])
     excess = 0.0 if exhausted and k + 1 == d else end_excess(d, k + 1, failure, mixed)
     spread = theta[-1] - theta[0]
-    # Each end may lie beyond its Ritz value by ε times the *true* spread, which the two ends together bound by spread/(1−2ε).
-    outer = excess * spread / (1 - 2 * excess) if excess < 0.5 else math.inf
+    outer = _outer(excess) * spread if excess else 0.0
 
     def end_estimate(end: int, name: str) -> Estimate:
         error = 0.0 if exhausted else _error(theta, residuals, end)
@@ -151,6 +162,11 @@ def lanczos(
     return Lanczos(theta, s[0] ** 2, end_estimate(-1, "max"), end_estimate(0, "min"), warm)
 
 
+def _outer(excess: float) -> float:
+    """Each end may lie beyond its Ritz value by ε times the *true* spread, which both ends together bound by the measured one/(1−2ε)."""
+    return excess / (1 - 2 * excess) if excess < 0.5 else math.inf
+
+
 def _tridiagonal(alphas: Sequence[float], betas: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
     if len(alphas) == 1:
         return np.array(alphas), np.ones((1, 1))
@@ -169,7 +185,7 @@ def _error(theta: np.ndarray, residuals: np.ndarray, end: int) -> float:
 def _orthogonalise(w: Tensors, stored: list[torch.Tensor], k: int) -> None:
     """w minus its part in the first k stored vectors, twice (once is not enough in floating point: Parlett)."""
     for _ in range(2):
-        coefficients = sum(rows[:k] @ t.reshape(-1) for rows, t in zip(stored, w, strict=True))
+        coefficients = torch.stack([rows[:k] @ t.reshape(-1) for rows, t in zip(stored, w, strict=True)]).sum(0)
         for rows, t in zip(stored, w, strict=True):
             t.sub_((coefficients @ rows[:k]).view_as(t))
 
@@ -180,13 +196,13 @@ def spectrum(
     seed: int,
     index: int = 0,
     warm: Tensors | None = None,
-    **options: float | int,
+    **options: Any,
 ) -> Lanczos:
     """Lanczos on one diagonal block H_bb from a random start, mixed with the last point's end vectors where they are given."""
     start = streams.gaussian(block, seed, "lanczos", index)
     if warm is not None:
         start = add_(scale(start, 1 / norm(start)), warm, 1 / norm(warm))
-    return lanczos(lambda v: hess(v, block), start, mixed=warm is not None, **options)  # type: ignore[arg-type]
+    return lanczos(lambda v: hess(v, block), start, mixed=warm is not None, **options)
 
 
 @dataclass(frozen=True)
@@ -328,7 +344,7 @@ def coupling(
     return estimate
 
 
-def margin(hess: Products, limits: dict[str, float], seed: int, index: int = 0, **options: float | int) -> Lanczos:
+def margin(hess: Products, limits: dict[str, float], seed: int, index: int = 0, **options: Any) -> Lanczos:
     """Both ends of D^{-1/2} H D^{-1/2}, D = diag(L_b I): the joint condition D ⪰ H ⪰ −D holds when they lie in [−1, 1]."""
     blocks = hess.blocks
     bad = [b.name for b in blocks if not limits[b.name] > 0]
@@ -336,7 +352,9 @@ def margin(hess: Products, limits: dict[str, float], seed: int, index: int = 0, 
         raise UserError(f"the joint margin needs a positive L for every block, and it is not for {', '.join(bad)}")
 
     def root(v: Tensors) -> Tensors:
-        return [t for b, part in zip(blocks, split(v, blocks), strict=True) for t in scale(part, limits[b.name] ** -0.5)]
+        return [
+            t for b, part in zip(blocks, split(v, blocks), strict=True) for t in scale(part, limits[b.name] ** -0.5)
+        ]
 
     start = [t for b in blocks for t in streams.gaussian(b, seed, "margin", index)]
-    return lanczos(lambda v: root(hess(root(v))), start, **options)  # type: ignore[arg-type]
+    return lanczos(lambda v: root(hess(root(v))), start, **options)

@@ -24,11 +24,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from hybridtheory import memory
 from hybridtheory.blocks import Block, split
 from hybridtheory.errors import UserError
-from hybridtheory.vectors import Tensors, add_, dot, zeros
+from hybridtheory.vectors import Tensors, add_, zeros
 
 Batch = Any
 Blocks = Block | Sequence[Block] | None
-_Product = Callable[[Tensors, list[int], list[Tensor]], Tensors]  # (tangents, their slots, tensors wanted) -> H v on those
+_Product = Callable[
+    [Tensors, list[int], list[Tensor]], Tensors
+]  # (tangents, their slots, tensors wanted) -> H v on those
 
 
 class Objective(Protocol):
@@ -104,7 +106,9 @@ class Oracle:
         self.weights = [float(objective.weight(b)) for b in self.batches]
         self.total_weight = sum(self.weights)
         if not self.total_weight > 0:
-            raise UserError("no token of the data counts towards the loss: every target is masked; check labels and max length")
+            raise UserError(
+                "no token of the data counts towards the loss: every target is masked; check labels and max length"
+            )
         self.calls: Counter[str] = Counter()
 
     @property
@@ -131,7 +135,9 @@ class Oracle:
             total = [add_(t, p) for t, p in zip(total, part, strict=True)] if total else part
         return total
 
-    def gradients(self, *blocks: Block, rows: Sequence[int] | None = None) -> Iterator[tuple[float, float, list[Tensors]]]:
+    def gradients(
+        self, *blocks: Block, rows: Sequence[int] | None = None
+    ) -> Iterator[tuple[float, float, list[Tensors]]]:
         """Per micro-batch: its weight's share s_b, its mean loss, and s_b times its gradient per block (they sum to the gradient)."""
         blocks = blocks or tuple(self.blocks)
         tensors = [t for b in blocks for t in b.tensors]
@@ -194,7 +200,9 @@ class Products:
             totals = [add_(t, hv) if t else hv for t, hv in zip(totals, hvs, strict=True)]
         return totals
 
-    def each(self, vectors: Sequence[Tensors], inp: Blocks = None, out: Blocks = None) -> Iterator[tuple[float, list[Tensors]]]:
+    def each(
+        self, vectors: Sequence[Tensors], inp: Blocks = None, out: Blocks = None
+    ) -> Iterator[tuple[float, list[Tensors]]]:
         """Per micro-batch: its share s_b of the weight, and s_b H_b v for every vector (they sum to H v)."""
         inputs = _listed(inp) or self.blocks
         outputs = _listed(out) or inputs

@@ -12,11 +12,10 @@ derivative but a kinked function (ReLU): the Hessian exists almost everywhere an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
-
-import math
 
 from hybridtheory import streams
 from hybridtheory.blocks import Block, split
@@ -42,7 +41,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Verdict:
-    """"ok", "kinked" (use curvature at a finite scale beside the infinitesimal one) or "refused"."""
+    """ "ok", "kinked" (use curvature at a finite scale beside the infinitesimal one) or "refused"."""
 
     verdict: Literal["ok", "kinked", "refused"]
     findings: list[Finding]
@@ -55,7 +54,9 @@ def preflight(oracle: Oracle, seed: int = 0, second_order: bool = True) -> Verdi
     # Bitwise: nan is equal to itself here, and is reported as what it is.
     if not math.isfinite(first):
         finding = Finding("finite loss", first, math.inf, False, f"the loss is {first}")
-        return Verdict("refused", [finding], f"the loss at the starting point is {first}: check the data, the labels and the dtype")
+        return Verdict(
+            "refused", [finding], f"the loss at the starting point is {first}: check the data, the labels and the dtype"
+        )
     same = first == second
     findings = [Finding("same loss twice", abs(first - second), 0.0, same, f"{first!r} and {second!r}")]
     if not same:
@@ -93,7 +94,11 @@ def preflight(oracle: Oracle, seed: int = 0, second_order: bool = True) -> Verdi
             return Verdict("refused", findings, why)
     if kinked:
         note = f"differences of gradients never settle on {' and '.join(kinked)}: the loss is kinked (ReLU), or steep beyond float precision"
-        return Verdict("kinked", findings, note + "; curvature almost everywhere and at the scale mu are different numbers, both are given")
+        return Verdict(
+            "kinked",
+            findings,
+            note + "; curvature almost everywhere and at the scale mu are different numbers, both are given",
+        )
     return Verdict("ok", findings)
 
 
@@ -133,14 +138,18 @@ def _check_gradient(oracle: Oracle, group: str, blocks: list[Block], v: Tensors)
 
 def _check_symmetry(group: str, u: Tensors, v: Tensors, hv: Tensors, hu: Tensors) -> Finding:
     a, b = dot(u, hv), dot(v, hu)
-    size = max(math.sqrt(sum(dot([x], [x]) * dot([y], [y]) / x.numel() for x, y in zip(u, hv, strict=True))), abs(a), abs(b))
+    size = max(
+        math.sqrt(sum(dot([x], [x]) * dot([y], [y]) / x.numel() for x, y in zip(u, hv, strict=True))), abs(a), abs(b)
+    )
     error = abs(a - b) / size if size else 0.0
     return Finding(f"u'Hv = v'Hu, {group}", error, 1e-3, error <= 1e-3, f"u'Hv = {a:.6g}, v'Hu = {b:.6g}")
 
 
 def _check_product(oracle: Oracle, group: str, blocks: list[Block], v: Tensors, hv: Tensors) -> tuple[Finding, bool]:
     exact = dot(v, hv)
-    size = max(math.sqrt(sum(dot([x], [x]) * dot([y], [y]) / x.numel() for x, y in zip(v, hv, strict=True))), abs(exact))
+    size = max(
+        math.sqrt(sum(dot([x], [x]) * dot([y], [y]) / x.numel() for x, y in zip(v, hv, strict=True))), abs(exact)
+    )
     if size == 0.0:
         return Finding(f"v'Hv, {group}", 0.0, SECOND_ORDER, True, "the product is zero"), True
 
@@ -154,7 +163,9 @@ def _check_product(oracle: Oracle, group: str, blocks: list[Block], v: Tensors, 
     value, spread, h, settled = _ladder(quotient, size * SECOND_ORDER)
     error, tolerance = abs(value - exact) / size, SECOND_ORDER + 3 * spread / size
     note = f"v'Hv = {exact:.6g}, differences of gradients give {value:.6g} +- {spread:.1g} at step {h:.0e}"
-    return Finding(f"v'Hv, {group}", error, tolerance, error <= tolerance, note + ("" if settled else " (not settled)")), settled
+    return Finding(
+        f"v'Hv, {group}", error, tolerance, error <= tolerance, note + ("" if settled else " (not settled)")
+    ), settled
 
 
 def _ladder(quotient: Callable[[float], float], wanted: float) -> tuple[float, float, float, bool]:

@@ -1,0 +1,138 @@
+"""What a smoothness run will cost, from one timed call of each kind before it starts, and what it did cost."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING
+
+from hybridtheory import memory, streams
+from hybridtheory.oracle import Oracle
+from probes.records import Cost
+
+if TYPE_CHECKING:
+    from probes.smoothness import Probe
+
+# Products that iterations with a stopping rule took in the committed reports: vectors of a trace, Lanczos steps of a group and of a
+# finer block, pairs of the coupling, steps of the margin. Only the estimate rests on them.
+VECTORS, STEPS, INNER_STEPS, PAIRS, MARGIN = 24, 18, 12, 7, 12
+VALUES_PER_DIRECTION, DELTAS = 10, 6
+
+
+@dataclass
+class Unit:
+    """Seconds of one call over all rows."""
+
+    value: float
+    gradient: float
+    graph: float
+    product: dict[str, float]  # per group
+
+
+@dataclass
+class Meter:
+    """Counts, clocks and tells the user how far the work is."""
+
+    oracle: Oracle
+    progress: Callable[[str, float], None] | None = None
+    started: float = field(default_factory=time.perf_counter)
+    expected: Cost | None = None
+    unit: Unit | None = None
+
+    def phase(self, name: str) -> None:
+        if self.progress is None:
+            return
+        spent = time.perf_counter() - self.started
+        self.progress(name, min(spent / self.expected.seconds, 0.99) if self.expected else 0.0)
+
+    def expect(self, cost: Cost) -> None:
+        self.expected = cost
+
+    def actual(self) -> Cost:
+        calls = self.oracle.calls
+        return Cost(
+            "actual",
+            calls["gradient"],
+            calls["product"],
+            calls["value"],
+            time.perf_counter() - self.started,
+            peak(self.oracle),
+        )
+
+
+def peak(oracle: Oracle) -> int:
+    """Most bytes held so far: by tensors on CUDA, by the whole process on the CPU."""
+    if oracle.device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(oracle.device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def timed(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def estimate(probe: Probe, meter: Meter) -> Cost:
+    """Time one value, one gradient, one graph and one product a group, and multiply by what the settings ask for."""
+    s, oracle, groups = probe.settings, probe.oracle, probe.groups
+    inner = [b for b in probe.all_blocks if b not in groups]
+    value = timed(oracle.value)
+    gradient = timed(lambda: oracle.gradient(*groups))
+    product = {}
+    with oracle.products(*groups) as hess:
+        graph = 0.0
+        for group in groups:
+            v = streams.gaussian(group, s.seed, "cost")
+            call = partial(hess, v, group)
+            first = timed(call)  # the first of them builds the graph
+            product[group.name] = timed(call)
+            graph = max(graph, first - product[group.name])
+        held = memory.used(oracle.device)
+    meter.unit = Unit(value, gradient, graph, product)
+    vectors, steps = min(VECTORS, s.max_vectors), min(STEPS, s.max_steps)
+    per_group = {g.name: vectors + steps + 12 * (s.density_runs - 1) + 1 for g in groups}
+    inner_cost = sum((INNER_STEPS + 1) * product[g.name] * 0.5 for g in groups for b in inner if b.group == g.group)
+    inner_count = (INNER_STEPS + 1) * len(inner)
+    joint = (2 * PAIRS + MARGIN) if len(groups) == 2 else 0
+    joint_seconds = (PAIRS + MARGIN) * sum(product.values()) if joint else 0.0
+    few = max(s.directions // 3, 4)
+    values = {
+        "base": s.directions * VALUES_PER_DIRECTION + s.directions // 2 * 2 * DELTAS,
+        "peft": max(few // 2, 2) * 2 * DELTAS + 8,
+    }
+    point_values = sum(values[g.group] for g in groups)
+    point_seconds = (
+        gradient
+        + graph
+        + sum(per_group[g.name] * product[g.name] for g in groups)
+        + inner_cost
+        + joint_seconds
+        + point_values * value
+    )
+    secant_gradients = 1 + len(probe.blocks)
+    run_values = s.run_steps * 3
+    gradients = s.points + s.secants * secant_gradients
+    products = s.points * (sum(per_group.values()) + inner_count + joint)
+    seconds = (
+        time.perf_counter()
+        - meter.started
+        + s.points * point_seconds
+        + s.secants * secant_gradients * gradient
+        + run_values * value
+        + s.run_steps * (gradient + value) / 2
+    )
+    largest = max(sum(t.numel() * t.element_size() for t in g.tensors) for g in groups)
+    return Cost(
+        "estimated",
+        gradients,
+        products,
+        s.points * point_values + run_values,
+        seconds,
+        max(held, peak(oracle)) + 4 * largest,
+    )

@@ -1,0 +1,454 @@
+"""One full point: everything that is measured of every block at the current parameters."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from hybridtheory import curvature, streams
+from hybridtheory.blocks import Block
+from hybridtheory.errors import UserError
+from hybridtheory.estimate import Estimate
+from hybridtheory.oracle import Oracle, Products
+from hybridtheory.theory.finite_scale import finite_scale, least, phi_trace
+from hybridtheory.vectors import Tensors, add_, dot
+from probes.rates import coupled
+from probes.records import AtScale, BlockPoint, Density, FiniteScale, Phi, Point
+
+# A group's upper bound on lambda_max lies within this share of the spectrum's width: 13 products at d = 1e6, 16 at 1e8.
+BOUND = 0.25
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a smoothness run is asked to do; the defaults suit the embedded model.
+
+    points       full points along the reference run, the first at its start
+    secants      positions of secants along the run (two gradients a block each, the same rows at both ends)
+    run_steps    length of the reference run
+    directions   Gaussian directions of the finite-scale rule at each point
+    mu           perturbation of the zeroth-order slopes
+    batch_size, steps   of the *planned* training, in rows and optimizer steps: what the noise-limited rule needs
+    end_tol, trace_tol  relative errors at which eigenvalues and traces stop
+    max_steps, max_vectors  caps on Lanczos steps and on Hutchinson vectors
+    density_runs Lanczos runs from independent starts: two give tr(H_+) a standard error
+    """
+
+    blocks: str = "group"
+    seed: int = 0
+    points: int = 3
+    secants: int = 30
+    run_steps: int = 60
+    directions: int = 12
+    mu: float = 1e-3
+    q: int = 1
+    batch_size: int = 16
+    steps: int = 1000
+    micro_batch: int | None = None
+    curvature: str = "hessian"
+    end_tol: float = 0.02
+    trace_tol: float = 0.1
+    max_steps: int = 60
+    max_vectors: int = 96
+    density_runs: int = 2
+    failure: float = 0.025
+    max_memory: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in (
+            "points",
+            "secants",
+            "run_steps",
+            "directions",
+            "batch_size",
+            "steps",
+            "q",
+            "max_steps",
+            "max_vectors",
+        ):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        if self.directions < 4:
+            raise UserError(f"--directions must be at least 4 for an interval, got {self.directions}")
+        if not (math.isfinite(self.mu) and self.mu > 0):
+            raise UserError(f"--mu must be a positive number, got {self.mu}")
+
+
+@dataclass
+class Measured:
+    """A point's record with what is kept in memory for the steps after it."""
+
+    record: Point
+    gradients: dict[str, Tensors]  # per group
+    warm: dict[str, Tensors] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class GradientPass:
+    """One pass over the micro-batches: the loss, the gradients, and how much they differ from micro-batch to micro-batch."""
+
+    loss: float
+    gradients: list[Tensors]
+    noise: list[Estimate]  # per block: sigma^2, the variance of one row's gradient
+
+    @staticmethod
+    def take(oracle: Oracle, blocks: Sequence[Block], rows: int) -> GradientPass:
+        """sigma^2 = R/(m-1) sum_i s_i |G_i - g|^2 over m micro-batches with shares s_i of the R rows: unbiased for rows drawn alike."""
+        loss = 0.0
+        total: list[Tensors] = []
+        spread: list[list[float]] = []
+        shares: list[float] = []
+        for share, value, parts in oracle.gradients(*blocks):
+            loss += share * value
+            shares.append(share)
+            spread.append([dot(p, p) / share for p in parts])
+            total = [add_(t, p) for t, p in zip(total, parts, strict=True)] if total else parts
+        m = len(shares)
+        noise = []
+        for i, g in enumerate(total):
+            if m < 2:
+                noise.append(
+                    Estimate(
+                        math.nan, n=m, resolved=False, note="one micro-batch: lower --micro-batch to measure the noise"
+                    )
+                )
+                continue
+            size = dot(g, g)
+            value = rows / (m - 1) * max(sum(s[i] for s in spread) - size, 0.0)
+            # Leave-one-out over micro-batches would need m more passes; the spread of |G_i|^2 bounds the error from above.
+            parts_of = np.array([s[i] / share for s, share in zip(spread, shares, strict=True)])
+            stderr = rows / (m - 1) * float(parts_of.std(ddof=1)) / math.sqrt(m)
+            noise.append(Estimate(value, stderr=stderr, n=m, resolved=stderr <= value / 3 if value else False))
+        return GradientPass(loss, total, noise)
+
+
+def measure(
+    oracle: Oracle,
+    groups: Sequence[Block],
+    blocks: Sequence[Block],
+    settings: Settings,
+    rows: int,
+    index: int,
+    step: int,
+    warm: dict[str, Tensors] | None = None,
+) -> Measured:
+    """Measure ``groups`` (base, peft: what learning rates belong to) and the finer ``blocks`` inside them."""
+    started = time.perf_counter()
+    finer = [b for b in blocks if b.name not in {g.name for g in groups}]
+    pass_ = GradientPass.take(oracle, groups, rows)
+    if not math.isfinite(pass_.loss):
+        raise UserError(
+            f"the loss is {pass_.loss} at step {step}: nothing can be measured there; check data, dtype and rates"
+        )
+    gradients = {b.name: g for b, g in zip(groups, pass_.gradients, strict=True)}
+    norm_sq = {name: dot(g, g) for name, g in gradients.items()}
+    noise = {b.name: e for b, e in zip(groups, pass_.noise, strict=True)}
+    made: dict[str, BlockPoint] = {}
+    ends: dict[str, Tensors] = {}
+    coupling = margin = None
+    with oracle.products(*groups) as hess:
+        for group in groups:
+            inner = [b for b in finer if b.group == group.group]
+            made |= _curvature(hess, group, inner, gradients[group.name], settings, index, warm or {}, ends)
+            made[group.name] = replace(made[group.name], noise=noise[group.name])
+        if len(groups) == 2:
+            coupling = curvature.coupling(
+                hess,
+                groups[:1],
+                groups[1:],
+                settings.seed,
+                failure=settings.failure,
+                index=index,
+                max_steps=settings.max_steps,
+            )
+            limits = coupled(Point(index, step, pass_.loss, 0.0, made, coupling))
+            if limits is not None and all(L > 0 for L in limits.values()):
+                run = curvature.margin(
+                    hess,
+                    limits,
+                    settings.seed,
+                    index,
+                    max_steps=settings.max_steps,
+                    tol=settings.end_tol,
+                    ends=("max",),
+                )
+                margin = run.lam_max
+    scales: dict[str, Any] = {"phi": {}, "finite_scale": {}}
+    for group in groups:
+        phi, finite = _finite(oracle, group, made[group.name], pass_.loss, gradients[group.name], settings, rows, index)
+        scales["phi"][group.name] = phi
+        if finite is not None:
+            scales["finite_scale"][group.name] = finite
+        if phi is not None and settings.mu in phi.delta:
+            at = phi.delta.index(settings.mu)
+            trace = Estimate(
+                2 * phi.mean[at] / settings.mu**2,
+                stderr=2 * phi.stderr[at] / settings.mu**2,
+                n=phi.n,
+                resolved=phi.stderr[at] <= abs(phi.mean[at]) / 3,
+            )
+            made[group.name] = replace(made[group.name], at_scale=AtScale(settings.mu, {"trace": trace}))
+    record = Point(
+        index=index,
+        step=step,
+        loss=pass_.loss,
+        grad_norm=math.sqrt(sum(norm_sq.values())),
+        blocks=made,
+        coupling=coupling,
+        margin=margin,
+        seconds=time.perf_counter() - started,
+        **scales,
+    )
+    return Measured(record, gradients, ends)
+
+
+def _curvature(
+    hess: Products,
+    group: Block,
+    inner: Sequence[Block],
+    gradient: Tensors,
+    settings: Settings,
+    index: int,
+    warm: dict[str, Tensors],
+    ends: dict[str, Tensors],
+) -> dict[str, BlockPoint]:
+    """One group and the finer blocks inside it. Traces of all of them come from the same products."""
+    parts = list(inner) or [group]
+    shares = np.array(hess.oracle.weights) / hess.oracle.total_weight
+    traces = curvature.traces(
+        hess, parts, settings.seed, tol=settings.trace_tol, max_vectors=settings.max_vectors, index=index
+    )
+    if inner:
+        forms = np.sum([traces[b.name].forms for b in inner], axis=0)
+        squares = [traces[b.name].trace_sq for b in inner]
+        trace = curvature.mean_estimate(forms.sum(axis=1))
+        # The blocks' squares come from the same vectors: their errors may add up, so they are added and not taken in quadrature.
+        trace_sq = Estimate(sum(s.value for s in squares), stderr=sum(s.stderr or 0.0 for s in squares), n=squares[0].n)
+    else:
+        trace, trace_sq = traces[group.name].trace, traces[group.name].trace_sq
+        forms = traces[group.name].forms
+    made = {}
+    for block in [group, *inner]:
+        whole = block is group
+        runs = [
+            curvature.spectrum(
+                hess,
+                block,
+                settings.seed,
+                1000 * index + run,
+                warm=None if whole or run else warm.get(block.name),
+                max_steps=settings.max_steps if run == 0 else min(settings.max_steps, 12),
+                tol=settings.end_tol if run == 0 else 0.5,
+                failure=settings.failure,
+                bound=BOUND if whole and run == 0 else math.inf,
+            )
+            for run in range(settings.density_runs if whole else 1)
+        ]
+        if runs[0].warm is not None:
+            ends[block.name] = runs[0].warm
+        mixed = not whole and block.name in warm
+        g = gradient if whole else _part(gradient, group, block)
+        size = dot(g, g)
+        curved = dot(g, hess(g, block)) / size if size else math.nan
+        own = trace if whole else traces[block.name].trace
+        plus = None if mixed else _trace_plus(runs, own, block.numel)
+        rank = None
+        if plus is not None and runs[0].lam_max.value > 0:
+            top = runs[0].lam_max.value
+            rank = replace(plus, value=plus.value / top, stderr=None if plus.stderr is None else plus.stderr / top)
+        made[block.name] = BlockPoint(
+            grad_norm=math.sqrt(size),
+            lam_max=runs[0].lam_max,
+            lam_min=runs[0].lam_min,
+            trace=own,
+            trace_plus=plus,
+            trace_sq=trace_sq if whole else None,
+            effective_rank=rank,
+            density=None if mixed else _density(runs),
+            gHg=Estimate(curved, n=1, resolved=math.isfinite(curved)),
+            rows_stderr=_jackknife(forms if whole else traces[block.name].forms, shares),
+        )
+    return made
+
+
+def _part(gradient: Tensors, group: Block, block: Block) -> Tensors:
+    by_name = dict(zip(group.names, gradient, strict=True))
+    return [by_name[n] for n in block.names]
+
+
+def _trace_plus(runs: Sequence[curvature.Lanczos], trace: Estimate, d: int) -> Estimate:
+    """tr H_+ = tr H + tr H_-: the trace from many vectors, the (smaller) negative part from the quadrature of the few runs."""
+    negative = np.array([run.quadrature(lambda x: np.maximum(-x, 0.0), d) for run in runs])
+    value = trace.value + float(negative.mean())
+    spread = float(negative.std(ddof=1) / math.sqrt(len(runs))) if len(runs) > 1 else None
+    stderr = None if spread is None or trace.stderr is None else math.hypot(trace.stderr, spread)
+    resolved = stderr is not None and stderr <= abs(value) / 3
+    return Estimate(
+        max(value, 0.0),
+        stderr=stderr,
+        n=trace.n,
+        resolved=resolved,
+        note="" if resolved else "its error exceeds a third",
+    )
+
+
+def _jackknife(forms: np.ndarray, shares: np.ndarray) -> float | None:
+    """Standard error of a trace from the choice of rows: leave one micro-batch out of forms[vector, micro-batch]."""
+    parts, m = forms.mean(axis=0), len(shares)
+    if m < 3:
+        return None
+    left_out = (parts.sum() - parts) / (1 - shares)
+    return float(math.sqrt((m - 1) / m * np.sum((left_out - left_out.mean()) ** 2)))
+
+
+def _density(runs: Sequence[curvature.Lanczos]) -> Density:
+    nodes = np.concatenate([r.nodes for r in runs])
+    weights = np.concatenate([r.weights for r in runs]) / len(runs)
+    order = np.argsort(nodes)
+    return Density(nodes[order].tolist(), weights[order].tolist(), n=len(runs))
+
+
+def _finite(
+    oracle: Oracle,
+    group: Block,
+    point: BlockPoint,
+    loss: float,
+    gradient: Tensors,
+    settings: Settings,
+    rows: int,
+    index: int,
+) -> tuple[Phi | None, FiniteScale | None]:
+    """phi(delta) and the finite-scale rule: forward passes along the same Gaussian directions."""
+    trace = point.trace.value if point.trace is not None else math.nan
+    deltas = _deltas(loss, trace, settings.mu)
+    curved = abs(trace) + (settings.q + 1) * abs(point.gHg.value if point.gHg is not None else 0.0)
+    zeroth = group.group == "base"
+    few = settings.directions if zeroth else max(settings.directions // 3, 4)
+    with_phi = max(few // 2, 2)
+    etas = (1.0 / curved) * 2.0 ** np.arange(-4, 4) if curved > 0 else np.array([])
+    batch, share = _training_batch(oracle, settings.batch_size, rows)
+    plus, minus, slopes, changes = [], [], [], []
+    for j in range(few):
+        if not zeroth and j >= with_phi:
+            break
+        u = streams.gaussian(group, settings.seed, "finite scale", index, j)
+
+        def change(by: float, picked: list[int] | None = None, u: Tensors = u) -> float:
+            with oracle.moved(group, u, by):
+                return oracle.value(picked)
+
+        if j < with_phi:
+            up, down = ([change(sign * d) - loss for d in deltas] for sign in (1, -1))
+            plus.append(up)
+            minus.append(down)
+        if zeroth and len(etas):
+            c = (change(settings.mu, batch) - change(-settings.mu, batch)) / (2 * settings.mu)
+            slopes.append(c)
+            changes.append([change(-eta * c) - loss for eta in etas])
+    phi = _phi(deltas, np.array(plus), np.array(minus), trace)
+    if not zeroth:
+        return phi, _line_search(oracle, group, gradient, point, loss)
+    if not len(etas):
+        return phi, None
+    noise = point.noise.value if point.noise is not None and math.isfinite(point.noise.value) else 0.0
+    # Rows drawn without replacement from the measured ones: the variance of their mean shrinks to zero as they become all of them.
+    variance = noise / (share * rows) * (1 - share) if share < 1 else 0.0
+    return phi, _zo_rule(
+        np.asarray(etas), np.array(changes), np.array(slopes), point.grad_norm**2, variance, settings.seed
+    )
+
+
+def _training_batch(oracle: Oracle, batch_size: int, rows: int) -> tuple[list[int] | None, float]:
+    """Micro-batches that make up one training batch (None: all), and their share of the weight."""
+    if batch_size >= rows:
+        return None, 1.0
+    picked: list[int] = []
+    share = 0.0
+    while share * rows < batch_size - 1e-9 and len(picked) < len(oracle.batches):
+        share += oracle.weights[len(picked)] / oracle.total_weight
+        picked.append(len(picked))
+    return (None, 1.0) if len(picked) == len(oracle.batches) else (picked, share)
+
+
+def _deltas(loss: float, trace: float, mu: float) -> list[float]:
+    """mu, and the displacements at which the quadratic model changes the loss by 1e-4 to 1 times itself."""
+    if not (math.isfinite(trace) and trace != 0):
+        return [mu]
+    wanted = [math.sqrt(2 * part * max(loss, 1e-2) / abs(trace)) for part in (1e-4, 1e-3, 1e-2, 1e-1, 0.5)]
+    return sorted({float(f"{d:.3g}") for d in wanted} | {mu})
+
+
+def _phi(deltas: list[float], plus: np.ndarray, minus: np.ndarray, trace: float) -> Phi | None:
+    finite = np.isfinite(plus).all(axis=0) & np.isfinite(minus).all(axis=0)
+    if not finite.any():
+        return None
+    kept = [d for d, ok in zip(deltas, finite, strict=True) if ok]
+    implied, stderr = phi_trace(kept, plus[:, finite], minus[:, finite])
+    half = np.array(kept) ** 2 / 2
+    # The fit's region: rungs whose implied trace agrees with the smallest resolved one within three of their standard errors.
+    resolved = [i for i in range(len(kept)) if stderr[i] <= abs(implied[i])]
+    anchor = resolved[0] if resolved else 0
+    same = [i for i in resolved if abs(implied[i] - implied[anchor]) <= 0.2 * abs(implied[anchor])]
+    fit = None
+    if same:
+        at = same[len(same) // 2]
+        fit = Estimate(
+            float(implied[at]), stderr=float(stderr[at]), n=len(plus), resolved=bool(stderr[at] <= abs(implied[at]) / 3)
+        )
+    return Phi(
+        delta=kept,
+        mean=(implied * half).tolist(),
+        stderr=(stderr * half).tolist(),
+        n=len(plus),
+        trace=fit,
+        fit_up_to=max(kept[i] for i in same) if same else None,
+    )
+
+
+def _zo_rule(
+    etas: np.ndarray, changes: np.ndarray, slopes: np.ndarray, g_sq: float, variance: float, seed: int
+) -> FiniteScale | None:
+    finite = np.isfinite(changes).all(axis=0)
+    if finite.sum() < 3 or g_sq <= 0:
+        return None
+    rule = finite_scale(etas[finite], changes[:, finite], slopes, g_sq, variance=variance, seed=seed)
+    note = "" if finite.all() else f"the loss overflowed at eta = {etas[~finite][0]:.2g} and above"
+    return FiniteScale(
+        eta=list(rule.etas),
+        change=list(rule.change),
+        stderr=list(rule.stderr),
+        eta_star=rule.step.value,
+        interval=rule.step.interval,
+        slopes_rms=float(np.sqrt(np.mean(slopes**2))),
+        n=rule.n,
+        at_edge=bool(rule.edge),
+        note="; ".join(
+            n for n in (rule.step.note, note, "" if rule.significant else "no significant decrease on the grid") if n
+        ),
+    )
+
+
+def _line_search(oracle: Oracle, group: Block, gradient: Tensors, point: BlockPoint, loss: float) -> FiniteScale | None:
+    """The first-order twin of the rule: f(y - eta g_y) on a grid around 1/lambda_max; one direction, no sampling error."""
+    top = point.lam_max.value if point.lam_max is not None else 0.0
+    if not top > 0 or point.grad_norm == 0:
+        return None
+    etas = (1.0 / top) * 2.0 ** np.arange(-3, 5)
+    changes = []
+    for eta in etas:
+        with oracle.moved(group, gradient, -float(eta)):
+            changes.append(oracle.value() - loss)
+    finite = np.isfinite(changes)
+    if finite.sum() < 3:
+        return None
+    kept, curve = etas[finite], np.array(changes)[finite]
+    best, edge = least(kept, curve)
+    return FiniteScale(
+        eta=kept.tolist(), change=curve.tolist(), stderr=[0.0] * len(kept), eta_star=best, interval=None,
+        slopes_rms=point.grad_norm, n=1, at_edge=edge, note="along the gradient itself: one direction, no sampling error",
+    )  # fmt: skip
