@@ -23,7 +23,16 @@ OPPONENTS = (  # distribution, version, the import that has to work
     ("PyHessian", "0.1", "pyhessian"),
     ("hessian-eigenthings", "1.0.0a5", "hessian_eigenthings"),
 )
-NEEDED = ("backpack-for-pytorch==1.7.1", "unfoldNd", "einconv", "einops", "linear_operator", "opt-einsum", "jaxtyping", "wadler-lindig")
+NEEDED = (
+    "backpack-for-pytorch==1.7.1",
+    "unfoldNd",
+    "einconv",
+    "einops",
+    "linear_operator",
+    "opt-einsum",
+    "jaxtyping",
+    "wadler-lindig",
+)
 
 
 def interpreter() -> Path:
@@ -31,8 +40,9 @@ def interpreter() -> Path:
     python = ENV / ("Scripts" if os.name == "nt" else "bin") / "python"
     if not python.exists():
         venv.create(ENV, with_pip=True)
-    site = subprocess.run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], check=True, capture_output=True, text=True)
-    # A .pth line is appended to sys.path after the environment's own folder: the opponents win over what the parent has, torch comes from it.
+    where = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    site = subprocess.run([python, "-c", where], check=True, capture_output=True, text=True)
+    # A .pth line comes after the environment's own folder on sys.path: its tools win over the parent's, torch comes from the parent.
     Path(site.stdout.strip(), "parent.pth").write_text(f"{sysconfig.get_path('purelib')}\n{ROOT}\n")
     missing = problems(python)
     if missing:
@@ -40,7 +50,9 @@ def interpreter() -> Path:
         subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", *wanted, *NEEDED], check=True)
         missing = problems(python)
     if missing:
-        raise SystemExit("make bench compares against three public tools and cannot run without them:\n  " + "\n  ".join(missing))
+        raise SystemExit(
+            "make bench compares against three public tools and cannot run without them:\n  " + "\n  ".join(missing)
+        )
     return python
 
 

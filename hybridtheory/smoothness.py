@@ -91,7 +91,7 @@ def fit_quantile(
     confidence: float = 0.95,
     seed: int = 0,
     folds: int = FOLDS,
-    draws: int = 399,
+    draws: int = 199,
 ) -> Smoothness:
     """Quantile regression (Koenker & Bassett 1978): L0, L1 ≥ 0 minimise Σ ρ_tau(L_i − L0 − L1 u_i).
 
@@ -116,7 +116,9 @@ def fit_quantile(
         centre, half, lag = line_intervals(u, L, tau, confidence, seed, draws)
         intervals = [bounded_interval(float(c), float(h), confidence) for c, h in zip(centre, half)]
         if lag > 0.6:
-            notes.append(f"neighbours correlate by {lag:.2f}: the intervals were tested up to 0.5, take points further apart")
+            notes.append(
+                f"neighbours correlate by {lag:.2f}: the intervals were tested up to 0.5, take points further apart"
+            )
     return _smoothness(L0, L1, "quantile", u, rate, interval, confidence, notes, tau, intervals)
 
 
@@ -163,7 +165,9 @@ def _checked(u: ArrayLike, L: ArrayLike) -> tuple[Array, Array]:
     if len(a) < 3:
         raise UserError(f"a line needs at least 3 points, got {len(a)}: take more secants")
     if not (np.isfinite(a).all() and np.isfinite(b).all() and (a > 0).all() and (b >= 0).all() and b.max() > 0):
-        raise UserError("gradient norms must be positive and finite, smoothness values non-negative, finite and not all zero")
+        raise UserError(
+            "gradient norms must be positive and finite, smoothness values non-negative, finite and not all zero"
+        )
     return a, b
 
 
@@ -206,4 +210,3 @@ def _held_out(
         above += int(np.sum(L[out] > (a + b * u[out]) * (1 + 1e-9)))
     low, high = stats.binomtest(above, n).proportion_ci(confidence, method="exact")
     return above / n, (float(low), float(high))
-
