@@ -27,8 +27,6 @@ def load_source(
     template: str | None = None,
     text_column: str | None = None,
     label_column: str | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
 ) -> Source:
     """Find ``data``, in this order: a named task, an existing file or folder, a hub data set ("owner/name" or
     "owner/name:config").
@@ -63,7 +61,7 @@ def load_source(
         )
     else:
         repo, _, config = name.partition(":")
-        splits, names = _hub_splits(repo, config or None, revision, trust_remote_code)
+        splits, names = _hub_splits(repo, config or None)
     _check(Source(name, splits, plain("text")))
     return read_columns(name, splits, names, labels, template, text_column, label_column)
 
@@ -103,7 +101,7 @@ def _named_splits(name: str) -> dict[str, Sequence[Record]]:
     task = TASKS[name]
     repo, config = task.hub
     try:
-        splits, _ = _hub_splits(repo, config, None, False)
+        splits, _ = _hub_splits(repo, config)
         # The public test splits carry no labels: the validation split is the test set, as in every paper that uses
         # these tasks.
         return {"train": splits["train"]} | ({"test": splits["dev"]} if "dev" in splits else {})
@@ -161,17 +159,13 @@ def hub_reachable(timeout: float = 3.0) -> bool:
     return True
 
 
-def _hub_splits(
-    repo: str, config: str | None, revision: str | None, trust_remote_code: bool
-) -> tuple[dict[str, Sequence[Record]], dict[str, list[str]]]:
+def _hub_splits(repo: str, config: str | None) -> tuple[dict[str, Sequence[Record]], dict[str, list[str]]]:
     import datasets
 
     reachable = hub_reachable()
-    options: dict[str, Any] = {"revision": revision}
+    options: dict[str, Any] = {}
     if not reachable:
         options["download_config"] = datasets.DownloadConfig(local_files_only=True, max_retries=0)
-    if trust_remote_code:
-        options["trust_remote_code"] = True
     try:
         with _quiet(datasets), _offline(datasets, not reachable):
             return _by_split(datasets.load_dataset(repo, config, **options))

@@ -45,6 +45,7 @@ class Task:
                tokenised when first asked for.
     peft_info  type, rank, alpha, scale, init, targets of the adapter; {} without one.
     info       what a report has to say about model and data.
+    padding_exact  whether a row's loss is the same beside a longer one; where it is not, batches hold one row.
     notes      sentences for the user.
     """
 
@@ -58,6 +59,7 @@ class Task:
     splits: Mapping[str, list[Row]]
     kind: str
     base: bool = True
+    padding_exact: bool = True
     notes: list[str] = field(default_factory=list)
 
     def collate(self, rows: Sequence[Row]) -> dict[str, Tensor]:
@@ -67,6 +69,7 @@ class Task:
     def batches(self, size: int, rows: Sequence[Row] | None = None) -> list[dict[str, Tensor]]:
         """``rows`` (default: the task's) in micro-batches of at most ``size``."""
         rows = self.rows if rows is None else rows
+        size = size if self.padding_exact else 1
         return [self.collate(rows[i : i + size]) for i in range(0, len(rows), size)]
 
     @torch.no_grad()
@@ -80,6 +83,7 @@ class Task:
         if self.info["labels"] is None:
             raise UserError(f"the data {self.info['data']} has no labels to score: pass a labelled task")
         scorer = self.objective if isinstance(self.objective, ClassLoss) else LabelLoss(select=self.objective.select)
+        size = size if self.padding_exact else 1
         found = []
         for i in range(0, len(rows), size):
             batch = collate(rows[i : i + size], self.tokenizer.pad_token_id, True, _device(self.model))
@@ -138,7 +142,6 @@ def load_task(
         template=template,
         text_column=text_column,
         label_column=label_column,
-        trust_remote_code=trust_remote_code,
     )
     records = shuffled(source, seed)
     options = checked(source, records[0]).options

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 def try_out(task: Task, peft: str) -> None:
     """Does the pair of model and adapter run, is the loss finite, does the adapter take part, and are the logits of the
-    needed positions those of the full ones? Two short rows of different length, so that padding is tried too.
+    needed positions those of the full ones? Two short rows of different length, so that padding is tried too: where it
+    changes the loss, the task's batches are of single rows.
 
     Raises UserError with the upstream cause; falls back to full logits where only the selection fails.
     """
@@ -32,6 +33,7 @@ def try_out(task: Task, peft: str) -> None:
         if not isinstance(objective, ClassLoss) and not _selection_is_exact(task.model, objective, batch):
             objective.select = False
             task.notes.append("this output layer needs all positions: the logits of whole rows are computed")
+        task.padding_exact = _padding_is_exact(task, [by_length[0], other], loss)
     except (ValueError, TypeError, RuntimeError, AttributeError, IndexError, NotImplementedError, KeyError) as error:
         if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
             raise  # not this pair's fault: whoever chose the sizes handles it
@@ -40,6 +42,8 @@ def try_out(task: Task, peft: str) -> None:
             f"{task.info['model']} does not run with --peft {peft} ({type(error).__name__}: {reason}): "
             f"choose another of {', '.join(TYPES)}"
         ) from error
+    if not task.padding_exact and math.isfinite(loss):
+        task.notes.append("padding changes this model's loss, so every batch holds one row")
     if not math.isfinite(loss):
         raise UserError(
             f"the loss of {task.info['model']} is {loss} on the first rows: the weights hold no finite number there, "
@@ -84,6 +88,15 @@ def _selection_is_exact(model: nn.Module, objective: TokenLoss, batch: dict[str,
         return False
     eps = torch.finfo(next(model.parameters()).dtype).eps
     return few.shape == z.shape and float((few - z).abs().max()) <= 100 * eps * float(z.abs().max())
+
+
+@torch.no_grad()
+def _padding_is_exact(task: Task, rows: list[Row], together: float) -> bool:
+    """Whether two rows cost the same in one padded batch as one by one (to 1e-4, or the width of the model's numbers)."""
+    batches = [task.collate([r]) for r in rows]
+    alone = sum(float(task.objective.loss(task.objective.forward(task.model, b), b)) for b in batches)
+    eps = torch.finfo(next(task.model.parameters()).dtype).eps
+    return abs(alone - together) <= max(1e-4, 20 * eps) * abs(together)
 
 
 def _full(objective: TokenLoss) -> TokenLoss:

@@ -71,6 +71,7 @@ def test_architecture(name: str, adapter: str, folders: dict[str, Path], data: P
     blocks = partition(task.model, "group", peft=task.is_peft, info=task.peft_info)
     assert [b.group for b in blocks] == ["base", "peft"]
     assert task.objective.select, "the needed positions' logits differ from the full ones"
+    assert task.padding_exact
     oracle = Oracle(task.model, task.objective, task.batches(2), blocks)
     value = oracle.value()
     assert math.isfinite(value)

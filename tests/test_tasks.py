@@ -415,6 +415,16 @@ def test_dropout_is_off_and_padding_indices_are_cleared(root: Path, films: Path)
     )
 
 
+def test_where_padding_changes_the_loss_batches_are_single_rows(root: Path, films: Path) -> None:
+    """peft hands a decoder's classifier embeddings without token ids, so it reads the last position, padding or not."""
+    task = load_task(save("gpt2", root / "gpt2-cls", head="classification"), films, peft="prompt", rows=4)
+    assert not task.padding_exact
+    assert any("every batch holds one row" in n for n in task.notes)
+    assert [len(b["label"]) for b in task.batches(4)] == [1, 1, 1, 1]
+    assert f(task, 4) == f(task, 1)
+    assert load_task(root / "gpt2-cls", films, peft="lora", rows=4).padding_exact
+
+
 def test_only_the_needed_positions_logits_are_computed(gpt2: Path, films: Path) -> None:
     task = load_task(gpt2, films, rank=2, rows=4, labels=("terrible", "great"), template="{text} it was")
     (batch,) = task.batches(4)
