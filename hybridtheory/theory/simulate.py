@@ -42,16 +42,14 @@ class Run:
 
 def directions(law: str, shape: tuple[int, ...], rng: np.random.Generator) -> Array:
     """[..., d] directions with E uu' = I."""
+    if law not in ("gaussian", "sphere", "rademacher"):
+        raise UserError(f"simulate knows the laws gaussian, sphere and rademacher, got {law!r}")
     if law == "rademacher":
-        signs: Array = rng.integers(0, 2, shape) * 2.0 - 1.0
-        return signs
-    u = np.asarray(rng.standard_normal(shape))
-    if law == "gaussian":
-        return u
+        return np.where(rng.integers(0, 2, shape) == 1, 1.0, -1.0)
+    u = rng.standard_normal(shape)
     if law == "sphere":
-        out: Array = u * np.sqrt(shape[-1] / (u**2).sum(-1, keepdims=True))
-        return out
-    raise UserError(f"simulate knows the laws gaussian, sphere and rademacher, got {law!r}")
+        u *= np.sqrt(shape[-1] / (u**2).sum(-1, keepdims=True))
+    return u
 
 
 def estimate(
