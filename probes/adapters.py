@@ -124,7 +124,7 @@ def _prompt_config(loaded: Loaded, kind: str, virtual_tokens: int) -> peft.PeftC
     width = model.get_input_embeddings().weight.shape[
         1
     ]  # ALBERT and some OPT embed in fewer dimensions than they compute in
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None) or 1  # a state-space model has none; a prompt needs none
     common = {
         "task_type": _TASKS[loaded.kind],
         "num_virtual_tokens": virtual_tokens,
@@ -174,34 +174,38 @@ def _ends(path: str, name: str) -> bool:
 
 
 def _targets(model: nn.Module, given: Sequence[str] | str | None, kind: str) -> list[str]:
-    """Module-name endings to adapt: the user's, else peft's for this architecture, else found by what the layers
-    are."""
+    """Endings of module names: the user's, else peft's for the architecture, else found by what the layers are."""
     linears = _linears(model)
+    inner = sorted({_in_layer(n) for n in linears if n != _output_name(model)})
     if given is not None:
         wanted = given.split(",") if isinstance(given, str) else list(given)
-        known = sorted({n.rsplit(".", 1)[-1] for n in linears})
         if wanted == ["all-linear"]:
-            head = _output_name(model)
-            return sorted({n for n in linears if n != head})
+            return inner
         for name in wanted:
             if not any(_ends(path, name) for path, _ in model.named_modules()):
-                raise UserError(
-                    f"the model has no module {name!r} to adapt: its linear layers are called {', '.join(known)}"
-                )
+                known = ", ".join(sorted({n.rsplit(".", 1)[-1] for n in linears}))
+                raise UserError(f"the model has no module {name!r} to adapt: its linear layers are called {known}")
         return wanted
     mapped = [m for m in _mapped(model, kind) if any(_ends(n, m) for n in linears)]
     if mapped:
         return mapped
     if kind == "lora":
-        found = {n.rsplit(".", 1)[-1] for n in linears if _ATTENTION.search(n)}
+        # A state-space model has no attention; its fused kernels read out_proj's weight past any adapter on it.
+        found = [n for n in inner if _ATTENTION.search(n)] or [n for n in inner if not _ends(n, "out_proj")]
     else:
-        found = {m.group(1) for n in linears for m in (_KEY_VALUE.search(n), _FEED_FORWARD_OUT.search(n)) if m}
+        found = [n for n in inner if _KEY_VALUE.search("." + n) or _FEED_FORWARD_OUT.search("." + n)]
     if not found:
         raise UserError(
-            f"no attention projection was found to adapt: name some with --targets, of "
-            f"{', '.join(sorted(set(linears))[:12])}"
+            f"no layer was found to put {kind} on: name some with --targets, of {', '.join(inner) or 'none'}"
         )
-    return sorted(found)
+    return found
+
+
+def _in_layer(path: str) -> str:
+    """The part of a module's path after its last number: the same for every layer of a stack, and no other module's."""
+    parts = path.split(".")
+    last = max((i for i, p in enumerate(parts) if p.isdigit()), default=-1)
+    return ".".join(parts[last + 1 :]) or path
 
 
 def _output_name(model: Any) -> str | None:

@@ -63,10 +63,13 @@ def test_gguf_is_converted_once_and_is_a_real_language_model(cache: Path, tmp_pa
 @needs["smollm2"]
 @needs["olmo"]
 def test_smollm2_ranks_sst2_without_training(cache: Path) -> None:
-    """Zero-shot it answers "great" to nearly everything, yet ranks: AUC 0.74 on 872 rows; five standard errors of 100 rows
-    (0.05 each, Hanley and McNeil 1982) below that still beats chance only just, so the floor asked for is 0.55."""
+    """Zero-shot it answers "great" to nearly everything (accuracy 0.51), yet ranks: measured AUC 0.79 on these 100 rows.
+
+    The rows are fixed by the seed, so the tolerance is for rounding that swaps near ties; the sampling error of an AUC
+    from 100 rows is 0.045 (Hanley and McNeil 1982), which puts it six standard errors above chance.
+    """
     task = load_task("smollm2", "sst2", rows=100, loss="labels", cache=cache)
-    assert 0.55 < auc(*task.scores()) < 0.95
+    assert auc(*task.scores()) == pytest.approx(0.79, abs=0.02)
     assert task.info["truncated"] == 0
     assert task.info["labels"] == ["terrible", "great"]
 

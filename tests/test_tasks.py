@@ -371,6 +371,20 @@ def test_adapter_parameters_are_told_by_name(make: Callable[[], Any], extra: int
     assert not set(originals) & {n for b in blocks for n in b.names}
 
 
+def test_default_targets_are_found_where_peft_knows_none(root: Path, films: Path) -> None:
+    """ALBERT is not in peft's tables: its attention is found, and the head's layer of the same name is left alone."""
+    task = load_task(save("albert", root / "albert"), films, rank=2, rows=2)
+    assert task.peft_info["targets"] == ["attention.dense", "attention.key", "attention.query", "attention.value"]
+    assert not any("predictions" in n for n, _ in task.model.named_parameters() if is_peft(n))
+    everything = load_task(root / "albert", films, rank=2, rows=2, targets="all-linear")
+    assert "ffn_output" in everything.peft_info["targets"]
+    config = transformers.MambaConfig(vocab_size=304, hidden_size=8, num_hidden_layers=2, state_size=2)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(root / "albert")
+    mamba = load_task(transformers.MambaForCausalLM(config), films, tokenizer=tokenizer, rank=2, rows=2)
+    assert "mixer.in_proj" in mamba.peft_info["targets"]
+    assert f(mamba) > 0
+
+
 def test_an_adapter_folder_comes_back_as_it_was(gpt2: Path, films: Path, root: Path) -> None:
     task = load_task(gpt2, films, rank=3, alpha=5.0, rows=4, labels=("dull", "warm"))
     draw = torch.Generator().manual_seed(0)
