@@ -10,6 +10,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -41,6 +42,11 @@ class Encoder:
     counts: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
+        # The options of a row ask for the same prompt in turn. verbose=False: the tokenizer's own warning about long texts
+        # is about rows that are cut below.
+        self._ids = lru_cache(maxsize=4)(
+            lambda text: self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        )
         # What the tokenizer puts around a text: [BOS] for Llama, [CLS] [SEP] for BERT, [EOS] for T5, nothing for GPT-2.
         plain = self.tokenizer("a", add_special_tokens=False)["input_ids"]
         full = self.tokenizer("a")["input_ids"]
@@ -48,8 +54,8 @@ class Encoder:
         self.before, self.after = full[:at], full[at + len(plain) :]
 
     def ids(self, text: str) -> list[int]:
-        # verbose=False: the tokenizer's own warning about long texts is about rows that are cut below
-        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
+        """Tokens of a bare text, without the special ones around it."""
+        return self._ids(text) if text else []
 
     def running(self, text: str) -> list[Row]:
         """One long text cut into rows of ``max_length`` tokens; nothing is thrown away but a last piece of fewer than
@@ -73,9 +79,7 @@ class Encoder:
                 return None
             return self._plain(ids[:room])
         prompts = example.prompts * (len(example.options) if len(example.prompts) == 1 else 1)
-        fitted = self._fit(prompts, example.options)
-        options = [self._continued(p, o) for p, o in zip(fitted, example.options, strict=True)]
-        return {"options": options, "label": example.label}
+        return {"options": self._fitted(prompts, example.options), "label": example.label}
 
     # --- one sequence -------------------------------------------------------------------------------------------------
 
@@ -141,33 +145,35 @@ class Encoder:
 
     # --- long texts ---------------------------------------------------------------------------------------------------
 
-    def _fit(self, given: Sequence[Prompt], options: Sequence[str]) -> list[Prompt]:
-        """Cut the passage (never the question, never the answer) until every option's sequence fits; the same cut for
-        all options."""
-        prompts = list(given)
-        over = self._over(prompts, options)
+    def _fitted(self, prompts: Sequence[Prompt], options: Sequence[str]) -> list[dict[str, list[int]]]:
+        """Every option's sequence, the passage cut (never the question, never the answer) until the longest one fits; the
+        same cut for all options."""
+        sequences = [self._continued(p, o) for p, o in zip(prompts, options, strict=True)]
+        over = self._over(sequences)
         if over <= 0:
-            return prompts
+            return sequences
         self.counts["truncated"] += 1
         keep = min(len(self.ids(p.passage)) for p in prompts)
         while over > 0:
             keep -= over
             if keep <= 0:
-                need = self._over([Prompt(p.before, "", p.after) for p in prompts], options) + self.max_length
+                bare = [
+                    self._continued(Prompt(p.before, "", p.after), o) for p, o in zip(prompts, options, strict=True)
+                ]
                 raise UserError(
-                    f"the context is too short: {self.max_length} tokens are left for a row and the prompt "
-                    f"alone, without its passage, "
-                    f"needs {need}: raise --max-length or use fewer virtual tokens"
+                    f"the context is too short: {self.max_length} tokens are left for a row and the prompt alone, "
+                    f"without its passage, needs {self._over(bare) + self.max_length}: raise --max-length or use fewer "
+                    f"virtual tokens"
                 )
             cut = [self.tokenizer.decode(self.ids(p.passage)[:keep]).strip() for p in prompts]
-            prompts = [Prompt(p.before, c, p.after) for p, c in zip(prompts, cut, strict=True)]
-            over = self._over(prompts, options)
-        return prompts
+            shorter = [Prompt(p.before, c, p.after) for p, c in zip(prompts, cut, strict=True)]
+            sequences = [self._continued(p, o) for p, o in zip(shorter, options, strict=True)]
+            over = self._over(sequences)
+        return sequences
 
-    def _over(self, prompts: Sequence[Prompt], options: Sequence[str]) -> int:
-        """Tokens beyond the context in the longest option's sequence."""
-        longest = max(len(self._continued(p, o)["input_ids"]) for p, o in zip(prompts, options, strict=True))
-        return longest - self.max_length
+    def _over(self, sequences: Sequence[dict[str, list[int]]]) -> int:
+        """Tokens beyond the context in the longest sequence."""
+        return max(len(s["input_ids"]) for s in sequences) - self.max_length
 
 
 def mask_tokens(ids: list[int], mask: int, vocabulary: int, seed: int) -> tuple[list[int], list[int]]:

@@ -24,6 +24,12 @@ def try_out(task: Task, peft: str) -> None:
 
     Raises UserError with the upstream cause; falls back to full logits where only the selection fails.
     """
+    known = task.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    largest = max(max(o["input_ids"]) for r in task.rows for o in r["options"])
+    if largest >= known:
+        raise UserError(
+            f"the tokenizer gives token {largest} and {task.info['model']} knows {known}: it is another model's tokenizer"
+        )
     by_length = sorted(task.rows, key=length)
     other = next((r for r in by_length if length(r) > length(by_length[0])), by_length[-1])
     batch = task.collate([by_length[0], other])

