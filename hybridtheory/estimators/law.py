@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,14 @@ class Law:
         """The law for these keys on this block, for laws where one tensor's u depends on the others (a norm, a Gram
         matrix).
         """
+        return self
+
+    def state(self) -> Any:
+        """What a checkpoint must keep beside the law's own fields, None for nothing."""
+        return None
+
+    def restored(self, state: Any) -> Law:
+        """The law with a checkpoint's state."""
         return self
 
     def touches(self, key: Key, name: str) -> bool:

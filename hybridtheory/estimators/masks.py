@@ -66,6 +66,12 @@ class MagnitudeMask(Law):
             )
         return replace(self, law=self.law.bind(block, keys))
 
+    def state(self) -> dict[str, float]:
+        return dict(self.thresholds)
+
+    def restored(self, state: Mapping[str, float]) -> Law:
+        return replace(self, thresholds=dict(state))
+
     def touches(self, key: Key, name: str) -> bool:
         return self.law.touches(key, name)
 

@@ -163,8 +163,14 @@ class Perturbation:
                     f"reads through something else than "
                     'its own attribute: use difference="central"'
                 )
+            if tangent is None:
+                raise UserError(
+                    "the loss carries no forward derivative along the direction: the closure must return the "
+                    "model's own loss, not detach() "
+                    'or item() of it, and it must depend on the block; or use difference="central"'
+                )
             self._derived = True
-            return float(loss), 0.0 if tangent is None else float(tangent)
+            return float(loss), float(tangent)
 
     @contextmanager
     def _hooked(

@@ -145,6 +145,15 @@ class ZeroOrder(torch.optim.Optimizer):
         """Forward and backward passes that were asked of the closure since the start of the run."""
         return {k: self.run[k] for k in ("forwards", "backwards")}
 
+    def cost(self) -> dict[str, int]:
+        """Forward and backward passes of one step (the first step may take a few more, to find out what this model allows)."""
+        forwards = 0
+        for unit in self.units:
+            group = self.param_groups[unit.indices[0]]
+            forwards += group["q"] * (2 if group["difference"] == "central" else 1)
+        at_w = any(self.param_groups[u.indices[0]]["difference"] == "forward" for u in self.units)
+        return {"forwards": forwards + at_w, "backwards": 0}
+
     @contextmanager
     def _same_noise(self) -> Iterator[None]:
         """The closure's own randomness (dropout) is a function of (seed, step): equal on both sides of a difference,
@@ -299,6 +308,7 @@ class ZeroOrder(torch.optim.Optimizer):
                 packed.pop(name, None)
             packed["tensors"] = group["block"].names
             packed["law_name"] = repr(group.get("law"))
+            packed["law_state"] = group["law"].state() if "law" in group else None
         state["state"]["run"] = {**self.run, "method": type(self).__name__, "seed": self.seed}
         return state
 
@@ -318,8 +328,11 @@ class ZeroOrder(torch.optim.Optimizer):
                 )
         super().load_state_dict(state_dict)
         for group, own in zip(self.param_groups, code, strict=True):
+            kept = group.pop("law_state")
             group.pop("tensors"), group.pop("law_name")
             group.update(own)
+            if kept is not None:
+                group["law"] = own["law"].restored(kept)
         loaded = self.run
         loaded.pop("method")
         self.seed = loaded.pop("seed")

@@ -53,6 +53,14 @@ class Hybrid(ZeroOrder):
         self.first = FirstOrder(self, rule, rule_options or {}) if self._fo_groups else None
         self.run["reuse"] = None  # has the first-order forward the bits of a fresh one? None: not seen yet
 
+    def cost(self) -> dict[str, int]:
+        zo = super().cost()["forwards"]
+        if self.first is None:
+            return {"forwards": zo, "backwards": 0}
+        shared = self.order == "simultaneous" and self.run["reuse"] is not False
+        at_w = any(self.param_groups[u.indices[0]]["difference"] == "forward" for u in self.units)
+        return {"forwards": zo + 1 - (at_w and shared), "backwards": 1}
+
     def _measure(self, closure: Closure) -> tuple[float, list[ZOGradient]]:
         if self.first is None:
             return super()._measure(closure)
