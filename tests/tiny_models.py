@@ -3,12 +3,19 @@ that `load_task` reads."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers as tf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from hybridtheory.blocks import partition
+from hybridtheory.oracle import Oracle
+
+if TYPE_CHECKING:
+    from probes.tasks import Task
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<mask>", "<unk>"]
 V = 304  # 256 bytes, five special tokens, and merges that make one token of " great" and " terrible"
@@ -92,6 +99,20 @@ AUTO = {
     "seq2seq": tf.AutoModelForSeq2SeqLM,
     "classification": tf.AutoModelForSequenceClassification,
 }
+
+
+FILMS = ["the film was a warm story", "it was dull", "a terrible plot, and no good actor", "great", "it was sharp"]
+
+
+def write(path: Path, records: list[dict[str, Any]]) -> Path:
+    """Records as a JSON-lines file."""
+    path.write_text("\n".join(json.dumps(r) for r in records))
+    return path
+
+
+def f(task: Task, size: int = 3) -> float:
+    """The task's loss, in batches of ``size`` rows."""
+    return Oracle(task.model, task.objective, task.batches(size), partition(task.model, peft=task.is_peft)).value()
 
 
 def save(name: str, folder: Path, head: str | None = None, **changes: Any) -> Path:

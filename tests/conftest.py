@@ -1,0 +1,32 @@
+"""Shared by the tests of tasks: a tiny GPT-2 in a folder, ten labelled sentences in a file, and no network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("tasks")
+
+
+@pytest.fixture(scope="session")
+def gpt2(root: Path) -> Path:
+    from tiny_models import save
+
+    return save("gpt2", root / "gpt2")
+
+
+@pytest.fixture(scope="session")
+def films(root: Path) -> Path:
+    from tiny_models import FILMS, write
+
+    return write(root / "films.jsonl", [{"text": t, "label": i % 2} for i, t in enumerate(FILMS * 2)])
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("probes.sources.hub_reachable", lambda timeout=3.0: False)
+    monkeypatch.setattr("probes.models.hub_reachable", lambda timeout=3.0: False)
