@@ -51,7 +51,8 @@ def closure_of(model: nn.Module, objective: Objective, batches: Sequence[Any]) -
             part = objective.loss(objective.forward(model, batch), batch) / total
             if backward:
                 part.backward()
-                part = part.detach()  # only here: a forward derivative must stay on the loss
+            if torch.is_grad_enabled():
+                part = part.detach()  # not otherwise: a forward derivative must stay on the loss
             loss = part if loss is None else loss + part
         assert loss is not None
         return loss
