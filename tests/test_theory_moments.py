@@ -121,6 +121,9 @@ def test_the_cosine_at_llm_scale_and_the_full_basis():
     assert mo.second_moment("orthonormal", 5, 5) == pytest.approx(1.0)
     assert mo.second_moment("orthonormal", 1) == pytest.approx(1.0)
     assert mo.fourth("orthonormal", 9, 1) == mo.Fourth(*(pytest.approx(v) for v in (9 / 11, 18 / 11, 0.0)))
+    assert mo.fourth("orthonormal", 2, 1) == mo.Fourth(*(pytest.approx(v) for v in (2 / 4, 4 / 4, 0.0)))
+    assert mo.cosine_beta("gaussian", 2) == (0.5, 0.5)
+    assert mo.cosine_beta("gaussian", 1) is None
     assert mo.cosine("gaussian", 1) == mo.cosine_squared("gaussian", 1) == 1.0
 
 

@@ -186,6 +186,8 @@ def test_coupling_is_the_least_joint_bound_that_keeps_the_ratio():
     flat = ss.couple(-1.0, 2.0, 0.5)
     assert (flat.L_x, flat.L_y) == pytest.approx((0.5, 2.5))
     assert not flat.keeps_ratio
+    swapped = ss.couple(2.0, -1.0, 0.5)
+    assert (swapped.L_x, swapped.L_y) == pytest.approx((2.5, 0.5))
     assert "-1" in flat.note
     assert np.linalg.eigvalsh(np.diag([flat.L_x, flat.L_y]) - np.array([[-1.0, 0.5], [0.5, 2.0]]))[0] >= -1e-12
     # Not positive and sharp: A = 0 = B leaves exactly the norm of the coupling.
