@@ -39,9 +39,7 @@ def tied(seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, 
         loss = nn.functional.cross_entropy(z[:, :-1].reshape(-1, 11).to(wide), ids[:, 1:].reshape(-1))
         if backward:
             loss.backward()
-        return (
-            loss.detach() if backward else loss
-        )  # without gradients there is nothing to detach but a forward derivative
+        return loss.detach() if torch.is_grad_enabled() else loss  # a forward derivative must stay on it
 
     return net, base, peft, closure
 
@@ -67,8 +65,6 @@ def quadratic() -> tuple[nn.Module, Block, Block, Callable[..., Tensor]]:
         loss = net()
         if backward:
             loss.backward()
-        return (
-            loss.detach() if backward else loss
-        )  # without gradients there is nothing to detach but a forward derivative
+        return loss.detach() if torch.is_grad_enabled() else loss  # a forward derivative must stay on it
 
     return net, base, peft, closure
