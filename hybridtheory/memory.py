@@ -15,3 +15,11 @@ def free(device: torch.device, limit: int | None = None) -> int:
     """Bytes that may still be taken: what the machine has available, or what is left under ``limit``."""
     available = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     return max(available if limit is None else min(available, limit - used(device)), 0)
+
+
+def exhausted(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out (torch's CPU allocator raises a plain RuntimeError)."""
+    text = str(error)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and ("can't allocate memory" in text or "not enough memory" in text)
+    )

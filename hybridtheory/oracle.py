@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from hybridtheory.vectors import Tensors, add_, zeros
 
 Batch = Any
 Blocks = Block | Sequence[Block] | None
+T = TypeVar("T")
 _Product = Callable[
     [Tensors, list[int], list[Tensor]], Tensors
 ]  # (tangents, their slots, tensors wanted) -> H v on those
@@ -123,10 +124,12 @@ class Oracle:
     @torch.no_grad()
     def value(self, rows: Sequence[int] | None = None) -> float:
         """f, or its part over the micro-batches ``rows``; accumulated in float64."""
-        picked = range(len(self.batches)) if rows is None else rows
-        total = sum(self.loss(self.batches[i]).double() for i in picked)
+        picked = list(range(len(self.batches)) if rows is None else rows)
+        total, weight = 0.0, 0.0
+        for loss, share in self._each(picked, lambda batch: float(self.loss(batch).double())):
+            total, weight = total + loss, weight + share
         self.calls["value"] += 1
-        return float(total) / sum(self.weights[i] for i in picked)
+        return total / weight
 
     def gradient(self, *blocks: Block, rows: Sequence[int] | None = None) -> list[Tensors]:
         """One list of tensors per block, accumulated exactly over the micro-batches (or over those in ``rows``)."""
@@ -141,14 +144,48 @@ class Oracle:
         """Per micro-batch: its weight's share s_b, its mean loss, and s_b times its gradient per block (they sum to the gradient)."""
         blocks = blocks or tuple(self.blocks)
         tensors = [t for b in blocks for t in b.tensors]
-        picked = range(len(self.batches)) if rows is None else rows
+        picked = list(range(len(self.batches)) if rows is None else rows)
         weight = sum(self.weights[i] for i in picked)
+
+        def one(batch: Batch) -> tuple[float, Tensors]:
+            loss = self.loss(batch)
+            got = torch.autograd.grad(loss / weight, tensors, allow_unused=True, materialize_grads=True)
+            return float(loss.detach()), list(got)
+
         with _requires_grad(self.model, tensors):
-            for i in picked:
-                loss = self.loss(self.batches[i])
-                flat = torch.autograd.grad(loss / weight, tensors, allow_unused=True, materialize_grads=True)
-                yield self.weights[i] / weight, float(loss.detach()) / self.weights[i], split(flat, blocks)
+            for (loss, flat), own in self._each(picked, one):
+                yield own / weight, loss / own, split(flat, blocks)
         self.calls["gradient"] += 1
+
+    def _each(self, picked: list[int], call: Callable[[Batch], T]) -> Iterator[tuple[T, float]]:
+        """(call(batch), its weight) for the micro-batches ``picked``; one that does not fit in memory is halved, for good."""
+        queue = list(picked)
+        while queue:
+            i = queue[0]
+            try:
+                result = call(self.batches[i])
+            except (RuntimeError, MemoryError) as error:
+                self.halve(i, error)
+                queue = [i, *(j + 1 if j >= i else j for j in queue)]
+                continue
+            queue.pop(0)
+            yield result, self.weights[i]
+
+    def halve(self, i: int, error: BaseException) -> None:
+        """Cut micro-batch i in two where it stands: less memory, the same sums. Re-raises what is not for want of memory."""
+        if not memory.exhausted(error):
+            raise error
+        rows = rows_in(self.batches[i])
+        if rows < 2:
+            raise UserError(
+                "out of memory with a micro-batch of a single row: shorten it (--max-length), or measure fewer weights (--peft, --blocks)"
+            ) from error
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        halves = microbatches(self.batches[i], (rows + 1) // 2)
+        self.batches[i : i + 1] = halves
+        self.weights[i : i + 1] = [float(self.objective.weight(b)) for b in halves]
+        self.calls["halved"] += 1
 
     @contextmanager
     def moved(self, blocks: Block | Sequence[Block], direction: Tensors, by: float) -> Iterator[None]:
@@ -208,10 +245,19 @@ class Products:
         outputs = _listed(out) or inputs
         rows = [self._slot[id(t)] for b in inputs for t in b.tensors]
         wanted = [t for b in outputs for t in b.tensors]
-        for i in range(len(self.oracle.batches)):
-            product = self._product(i)
-            yield self.oracle.weights[i] / self.oracle.total_weight, [product(v, rows, wanted) for v in vectors]
+        i = 0
+        while i < len(self.oracle.batches):
+            try:
+                product = self._product(i)
+                results = [product(v, rows, wanted) for v in vectors]
+            except (RuntimeError, MemoryError) as error:
+                self._kept.clear()  # other micro-batches' graphs may be what is in the way; from now on none is kept
+                self._all_fit = False
+                self.oracle.halve(i, error)
+                continue
             del product
+            yield self.oracle.weights[i] / self.oracle.total_weight, results
+            i += 1
         self.oracle.calls["product"] += len(vectors)
         self.oracle.calls[f"product:{'+'.join(sorted({b.group for b in inputs}))}"] += len(vectors)
 

@@ -5,9 +5,10 @@
 3. u'Hv = v'Hu (a second-order backward that is not the derivative of the first is rarely symmetric);
 4. v'Hv against differences of gradients over a ladder of steps.
 
-A difference quotient has two errors: truncation, which falls with the step, and rounding, which grows. Both are read off the ladder itself:
-where two successive rungs agree, their disagreement bounds the error of the finer one. A ladder on which no two rungs agree is not a wrong
-derivative but a kinked function (ReLU): the Hessian exists almost everywhere and misses the kinks; the verdict says so.
+A difference quotient has two errors: truncation, which falls with the step, and rounding, which grows. Where two successive rungs of the
+ladder agree, their disagreement bounds the truncation of the finer one; rounding is the noise of the loss, measured at steps too small to
+move it (Moré & Wild 2011), over the step. A ladder on which no two rungs agree is not a wrong derivative but a kinked function (ReLU): the
+Hessian exists almost everywhere and misses the kinks; the verdict says so.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+import torch
 
 from hybridtheory import streams
 from hybridtheory.blocks import Block, split
@@ -68,10 +71,11 @@ def preflight(oracle: Oracle, seed: int = 0, second_order: bool = True) -> Verdi
     kinked = []
     for group, blocks in groups.items():
         v = _direction(blocks, seed, "v")
-        first_order = _check_gradient(oracle, group, blocks, v)
-        findings.append(first_order)
-        if not first_order.holds:
-            why = f"the gradient of the {group} weights is not the gradient of the loss ({first_order.note}); look for a custom backward"
+        noise = _noise(oracle, blocks, v)
+        finding, size = _check_gradient(oracle, group, blocks, v, noise)
+        findings.append(finding)
+        if not finding.holds:
+            why = f"the {group} weights' gradient is not the gradient of the loss ({finding.note}); look for a custom backward"
             return Verdict("refused", findings, why)
         if not second_order:
             continue
@@ -85,7 +89,7 @@ def preflight(oracle: Oracle, seed: int = 0, second_order: bool = True) -> Verdi
             return Verdict("refused", findings, why)
         if oracle.curvature != "hessian":
             continue
-        product, settled = _check_product(oracle, group, blocks, v, hv)
+        product, settled = _check_product(oracle, group, blocks, v, hv, noise, size)
         findings.append(product)
         if not settled:
             kinked.append(group)
@@ -93,7 +97,7 @@ def preflight(oracle: Oracle, seed: int = 0, second_order: bool = True) -> Verdi
             why = f"Hessian products of the {group} weights are not the derivative of their gradient ({product.note})"
             return Verdict("refused", findings, why)
     if kinked:
-        note = f"differences of gradients never settle on {' and '.join(kinked)}: the loss is kinked (ReLU), or steep beyond float precision"
+        note = f"differences of gradients never settle on {' and '.join(kinked)}: the loss is kinked (ReLU) or beyond float precision"
         return Verdict(
             "kinked",
             findings,
@@ -113,13 +117,33 @@ def _direction(blocks: Sequence[Block], seed: int, name: str) -> Tensors:
     return result
 
 
-def _check_gradient(oracle: Oracle, group: str, blocks: list[Block], v: Tensors) -> Finding:
+def _size(a: Tensors, b: Tensors) -> float:
+    """The size that a'b has when its terms do not conspire: per tensor |a||b|/sqrt(n), added in quadrature."""
+    return math.sqrt(sum(dot([x], [x]) * dot([y], [y]) / x.numel() for x, y in zip(a, b, strict=True)))
+
+
+def _noise(oracle: Oracle, blocks: list[Block], v: Tensors) -> float:
+    """Relative standard deviation of one evaluation of the loss, from third differences along steps of 1e-8 root mean squares."""
+    values = []
+    for j in range(8):
+        with oracle.moved(blocks, v, 1e-8 * j):
+            values.append(oracle.value())
+    third = [a - 3 * b + 3 * c - d for a, b, c, d in zip(values, values[1:], values[2:], values[3:], strict=False)]
+    # Var of a third difference of independent noise is 20 times the noise's; one unit of float64 is always there.
+    measured = math.sqrt(sum(t * t for t in third) / len(third) / 20)
+    scale = max(abs(values[0]), 1e-30)
+    precision = min(torch.finfo(t.dtype).eps for b in blocks for t in b.tensors)
+    return max(measured / scale, precision)
+
+
+def _check_gradient(oracle: Oracle, group: str, blocks: list[Block], v: Tensors, noise: float) -> tuple[Finding, float]:
+    """The finding, and the size of v'g (the scale of the noise in it)."""
     gradient = [t for part in oracle.gradient(*blocks) for t in part]
     exact = dot(gradient, v)
-    # |g_i v_i| summed in quadrature: the size v'g has when its terms do not conspire.
-    size = math.sqrt(sum(dot([g], [g]) * dot([x], [x]) / x.numel() for g, x in zip(gradient, v, strict=True)))
+    size = max(_size(gradient, v), abs(exact))
     if size == 0.0:
-        return Finding(f"v'g, {group}", 0.0, FIRST_ORDER, True, "the gradient is zero")
+        return Finding(f"v'g, {group}", 0.0, FIRST_ORDER, True, "the gradient is zero"), 0.0
+    loss = abs(oracle.value())
 
     def quotient(h: float) -> float:
         with oracle.moved(blocks, v, h):
@@ -128,55 +152,68 @@ def _check_gradient(oracle: Oracle, group: str, blocks: list[Block], v: Tensors)
             minus = oracle.value()
         return (plus - minus) / (2 * h)
 
-    value, spread, h, settled = _ladder(quotient, max(size, abs(exact)) * FIRST_ORDER)
-    scale = max(size, abs(exact))
-    error, tolerance = abs(value - exact) / scale, FIRST_ORDER + 3 * spread / scale
-    note = f"v'g = {exact:.6g}, differences of the loss give {value:.6g} +- {spread:.1g} at step {h:.0e}"
-    # Without two rungs that agree there is no evidence against the gradient; a kinked loss still settles at first order.
-    return Finding(f"v'g, {group}", error, tolerance, error <= tolerance, note + ("" if settled else " (not settled)"))
+    found = _ladder(quotient, size * FIRST_ORDER, lambda h: noise * loss / h)
+    error, tolerance = abs(found.value - exact) / size, FIRST_ORDER + 3 * found.error / size
+    note = f"v'g = {exact:.6g}, differences of the loss give {found}"
+    return Finding(f"v'g, {group}", error, tolerance, error <= tolerance, note), size
 
 
 def _check_symmetry(group: str, u: Tensors, v: Tensors, hv: Tensors, hu: Tensors) -> Finding:
     a, b = dot(u, hv), dot(v, hu)
-    size = max(
-        math.sqrt(sum(dot([x], [x]) * dot([y], [y]) / x.numel() for x, y in zip(u, hv, strict=True))), abs(a), abs(b)
-    )
+    size = max(_size(u, hv), abs(a), abs(b))
     error = abs(a - b) / size if size else 0.0
     return Finding(f"u'Hv = v'Hu, {group}", error, 1e-3, error <= 1e-3, f"u'Hv = {a:.6g}, v'Hu = {b:.6g}")
 
 
-def _check_product(oracle: Oracle, group: str, blocks: list[Block], v: Tensors, hv: Tensors) -> tuple[Finding, bool]:
+def _check_product(
+    oracle: Oracle, group: str, blocks: list[Block], v: Tensors, hv: Tensors, noise: float, first_order: float
+) -> tuple[Finding, bool]:
     exact = dot(v, hv)
-    size = max(
-        math.sqrt(sum(dot([x], [x]) * dot([y], [y]) / x.numel() for x, y in zip(v, hv, strict=True))), abs(exact)
-    )
+    size = max(_size(v, hv), abs(exact))
     if size == 0.0:
         return Finding(f"v'Hv, {group}", 0.0, SECOND_ORDER, True, "the product is zero"), True
 
+    def slope() -> float:
+        return sum(dot(g, x) for g, x in zip(oracle.gradient(*blocks), split(v, blocks), strict=True))
+
     def quotient(h: float) -> float:
         with oracle.moved(blocks, v, h):
-            plus = sum(dot(g, x) for g, x in zip(oracle.gradient(*blocks), split(v, blocks), strict=True))
+            plus = slope()
         with oracle.moved(blocks, v, -h):
-            minus = sum(dot(g, x) for g, x in zip(oracle.gradient(*blocks), split(v, blocks), strict=True))
+            minus = slope()
         return (plus - minus) / (2 * h)
 
-    value, spread, h, settled = _ladder(quotient, size * SECOND_ORDER)
-    error, tolerance = abs(value - exact) / size, SECOND_ORDER + 3 * spread / size
-    note = f"v'Hv = {exact:.6g}, differences of gradients give {value:.6g} +- {spread:.1g} at step {h:.0e}"
-    return Finding(
-        f"v'Hv, {group}", error, tolerance, error <= tolerance, note + ("" if settled else " (not settled)")
-    ), settled
+    # A gradient is a longer computation than a loss: its relative noise is taken as four times the loss's.
+    found = _ladder(quotient, size * SECOND_ORDER, lambda h: 4 * noise * first_order / h)
+    error, tolerance = abs(found.value - exact) / size, SECOND_ORDER + 3 * found.error / size
+    note = f"v'Hv = {exact:.6g}, differences of gradients give {found}"
+    return Finding(f"v'Hv, {group}", error, tolerance, error <= tolerance, note), found.settled
 
 
-def _ladder(quotient: Callable[[float], float], wanted: float) -> tuple[float, float, float, bool]:
-    """Walk down the steps until two successive quotients agree to ``wanted``: (value, disagreement, step, agreed)."""
-    best = (math.nan, math.inf, STEPS[0])
+@dataclass(frozen=True)
+class _Quotient:
+    """A difference quotient at the best step of the ladder, with its error from truncation and rounding."""
+
+    value: float
+    error: float
+    step: float
+    settled: bool
+
+    def __str__(self) -> str:
+        settled = "" if self.settled else " (not settled)"
+        return f"{self.value:.6g} +- {self.error:.1g} at step {self.step:.0e}{settled}"
+
+
+def _ladder(quotient: Callable[[float], float], wanted: float, noise: Callable[[float], float]) -> _Quotient:
+    """Walk down the steps until two successive quotients agree to ``wanted`` and rounding is below it too."""
+    best = _Quotient(math.nan, math.inf, STEPS[0], False)
     last = quotient(STEPS[0])
     for h in STEPS[1:]:
         now = quotient(h)
-        if abs(now - last) < best[1]:
-            best = (now, abs(now - last), h)
-        if best[1] <= wanted:
-            return *best, True
+        error = abs(now - last) + noise(h)
+        if error < best.error:
+            best = _Quotient(now, error, h, error <= wanted)
+        if best.settled or noise(h) > best.error:
+            break  # rounding alone is now worse than the best rung: further ones cannot help
         last = now
-    return *best, False
+    return best

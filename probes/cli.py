@@ -6,11 +6,12 @@ measured kept.
 
 from __future__ import annotations
 
+import math
 import shlex
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -60,7 +61,7 @@ def probe_smoothness(
             show_default="sentiment",
         ),
     ] = None,
-    rows: Annotated[int, option(WHAT, "Rows to measure on.")] = 64,
+    rows: Annotated[int, option(WHAT, "Rows to measure on.")] = 16,
     max_length: Annotated[
         int | None,
         option(WHAT, "Longest row in tokens; longer ones are cut, with a count.", show_default="256 or the context"),
@@ -102,7 +103,7 @@ def probe_smoothness(
     steps: Annotated[int, option(PLAN, "Optimizer steps.")] = 1000,
     batch_size: Annotated[int, option(PLAN, "Rows a step.")] = 16,
     mu: Annotated[float, option(PLAN, "Perturbation of the zeroth-order differences.")] = 1e-3,
-    queries: Annotated[int, option(PLAN, "Averaged zeroth-order directions a step.")] = 1,
+    q: Annotated[int, option(PLAN, "Queries: averaged zeroth-order directions a step.")] = 1,
     device: Annotated[str, option(MACHINE, "cpu, cuda, cuda:1, mps.")] = "cpu",
     dtype: Annotated[str, option(MACHINE, "float32 (for verification), float64, bfloat16, float16.")] = "float32",
     micro_batch: Annotated[
@@ -125,9 +126,12 @@ def probe_smoothness(
     Without arguments it runs on the embedded model and task, in about a minute.
     """
     console, errors = Console(), Console(stderr=True)
-    with one_sentence(errors):
+    with one_sentence(errors), ExitStack() as stack:
+        check_numbers(seed=seed, micro_batch=micro_batch, alpha=alpha, mu=mu)
+        if curvature not in ("hessian", "ggn"):
+            raise UserError(f"--curvature is hessian or ggn, not {curvature!r}")
         folder = choose_folder(model, data, out, resume)
-        run = None if dry_run or doctor else rundir.RunFolder(folder, resume)
+        run = None if dry_run or doctor else stack.enter_context(rundir.RunFolder(folder, resume))
         if run is not None and rundir.finished(run.done):
             console.print(Text(f"{folder} is finished already; its report is made again from its records."))
             return finish(console, run, [*run.done])
@@ -142,7 +146,7 @@ def probe_smoothness(
             from probes.tasks import load_task
 
             settings = Settings(
-                blocks=blocks, seed=seed, points=points, secants=secants, run_steps=run_steps, directions=directions, mu=mu, q=queries,
+                blocks=blocks, seed=seed, points=points, secants=secants, run_steps=run_steps, directions=directions, mu=mu, q=q,
                 batch_size=batch_size, steps=steps, micro_batch=micro_batch, curvature=curvature,
             )  # fmt: skip
             task = load_task(
@@ -205,7 +209,6 @@ def finish(console: Console, run: rundir.RunFolder, records: list[Record]) -> No
     report = Report.of(records)
     with console.status(Text("writing the report")):
         report.save(run)
-    run.close()
     console.print(terminal.summary(report, run.path))
 
 
@@ -230,6 +233,17 @@ def choose_folder(model: str | None, data: str | None, out: Path | None, resume:
     if taken is None:
         raise UserError(f"--resume: there is no run of {model} on {data} under runs/: give its folder as --out")
     return taken
+
+
+def check_numbers(seed: int, micro_batch: int | None, alpha: float | None, mu: float) -> None:
+    """What would fail late, or be misunderstood; the rest is checked where it is used."""
+    if not 0 <= seed < 2**63:
+        raise UserError(f"--seed is a whole number from 0 to 2^63 - 1, not {seed}")
+    if micro_batch is not None and micro_batch < 1:
+        raise UserError(f"--micro-batch is a number of rows, at least 1, not {micro_batch}")
+    for name, value in (("alpha", alpha), ("mu", mu)):
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"--{name} is a positive number, not {value}")
 
 
 def names(text: str | None) -> list[str] | str | None:

@@ -117,7 +117,9 @@ def _trajectory(probe: Probe, meter: Meter, done: Sequence[Record]) -> Iterator[
     """The reference run with its points and secants, in the order of the steps."""
     s = probe.settings
     have_points = {r.index: r for r in done if isinstance(r, Point)}
-    have_secants: dict[tuple[int, str, str], Secant] = {(r.step, r.block, r.move): r for r in done if isinstance(r, Secant)}
+    have_secants: dict[tuple[int, str, str], Secant] = {
+        (r.step, r.block, r.move): r for r in done if isinstance(r, Secant)
+    }
     at_points = _spread(s.points, s.run_steps)
     at_secants = set(_spread(s.secants, s.run_steps))
     warm: dict[str, Tensors] = {}
@@ -163,10 +165,15 @@ def _spread(count: int, steps: int) -> list[int]:
 
 
 class Walk:
-    """The reference run: hybrid steps on all rows. A step after which the loss is higher is taken back and the rate that is to
-    blame is halved, so the run descends and its rates end below the edge."""
+    """The reference run: hybrid steps on all rows, from the rates that the first point recommends.
+
+    A step after which the loss is higher is taken back and the rate that is to blame is halved; after some steps without that the
+    rates grow again, up to where they started. So the run descends near the fastest rate that descends, and covers more
+    gradient norms than the smallest rate it ever needed would.
+    """
 
     HALVINGS = 30
+    GROWTH, PATIENCE = 1.5, 4
 
     def __init__(self, probe: Probe, lr: dict[str, float]) -> None:
         self.probe = probe
@@ -179,6 +186,8 @@ class Walk:
         ]
         self.optimizer = Hybrid(groups, probe.task.model, seed=s.seed)
         self.loss = probe.oracle.value()
+        self.largest = dict(lr)
+        self.quiet = dict.fromkeys(lr, 0)  # steps since a group's rate was halved
 
     @classmethod
     def start(cls, probe: Probe, first: Point) -> Walk:
@@ -205,6 +214,7 @@ class Walk:
             # Equal to rounding is a standstill, not a rise.
             if after <= self.loss + 1e-6 * abs(self.loss):
                 self.loss = after
+                self._grow()
                 yield TrainStep(number + 1, after, eta)
                 return
             guilty = self._blame(before)
@@ -212,6 +222,7 @@ class Walk:
             for g in self.optimizer.param_groups:
                 if g["block"].name in guilty:
                     g["lr"] /= 2
+                    self.quiet[g["block"].name] = 0
             yield TrainStep(
                 number + 1, after, eta, accepted=False, note=f"the loss rose; halved the rate of {' and '.join(guilty)}"
             )
@@ -219,6 +230,13 @@ class Walk:
             f"the reference run does not descend at step {number + 1}: {self.HALVINGS} halvings of the rates did not help; "
             f"the loss is too noisy or too kinked at this scale: try another --mu, more --rows, or --dtype float64"
         )
+
+    def _grow(self) -> None:
+        for g in self.optimizer.param_groups:
+            name = g["block"].name
+            self.quiet[name] += 1
+            if self.quiet[name] % self.PATIENCE == 0:
+                g["lr"] = min(g["lr"] * self.GROWTH, self.largest[name])
 
     def _blame(self, before: dict[str, Tensors]) -> list[str]:
         """The groups without whose move the loss would not have risen; all of them when none alone explains it."""

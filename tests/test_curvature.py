@@ -1,0 +1,190 @@
+"""Eigenvalues, traces, density, coupling and margin on matrices whose spectrum is known."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from hybridtheory import streams
+from hybridtheory.blocks import Block, partition
+from hybridtheory.curvature import coupling, end_excess, lanczos, margin, mean_estimate, spectrum, traces
+from hybridtheory.errors import UserError
+from hybridtheory.vectors import dot
+from tests.test_oracle import dense
+from tests.toys import Quadratic, language_oracle, quadratic_oracle, spectrum_matrix
+
+DECAY = torch.cat([100.0 * 0.8 ** torch.arange(60), -20.0 * 0.7 ** torch.arange(40)])
+
+
+def block_of(n: int) -> Block:
+    """A block of two tensors with n numbers in all, to draw start vectors for."""
+    model = Quadratic(torch.eye(n, dtype=torch.float64), n // 2)
+    return partition(model)[0]
+
+
+def matvec(H: Tensor):
+    half = H.shape[0] // 2
+
+    def product(v: list[Tensor]) -> list[Tensor]:
+        w = H @ torch.cat(v)
+        return [w[:half], w[half:]]
+
+    return product
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("basis", [True, False])
+def test_both_ends_to_their_stated_error(seed: int, basis: bool) -> None:
+    H = spectrum_matrix(DECAY, seed)
+    block = block_of(100)
+    run = lanczos(matvec(H), streams.gaussian(block, seed, "start"), tol=0.01, basis=basis, failure=0.005)
+    assert run.lam_max.resolved and run.lam_min.resolved
+    assert run.lam_max.value == pytest.approx(100, rel=0.01)
+    assert run.lam_min.value == pytest.approx(-20, rel=0.01)
+    # Ritz values come from inside, the bounds lie outside, and some eigenvalue lies within the residual.
+    assert run.lam_max.value <= 100 + 1e-9 <= run.lam_max.upper + 2e-9
+    assert run.lam_min.value >= -20 - 1e-9 >= run.lam_min.upper - 2e-9
+    assert (DECAY.double() - run.lam_max.value).abs().min() <= run.lam_max.residual + 1e-9
+
+
+def test_unresolved_says_so() -> None:
+    H = spectrum_matrix(torch.linspace(-1, 1, 100))
+    run = lanczos(matvec(H), streams.gaussian(block_of(100), 0, "start"), max_steps=5, tol=1e-4)
+    assert not run.lam_max.resolved and "after 5 products" in run.lam_max.note
+
+
+def test_bound_holds_with_its_probability_over_starts() -> None:
+    """A spectrum with its top eigenvalue alone (the hard case): the bound may fail in a share `failure` of the starts."""
+    d, steps, failure, starts = 100, 5, 0.2, 300
+    values = torch.cat([torch.ones(1), torch.zeros(d - 1) + 0.6 * torch.linspace(0, 1, d - 1)]).double()
+    H = torch.diag(values)
+    block = block_of(d)
+    fails = 0
+    for seed in range(starts):
+        run = lanczos(matvec(H), streams.gaussian(block, seed, "s"), max_steps=steps, min_steps=steps, tol=1e-9)
+        fails += 1.0 - run.lam_max.value > end_excess(d, steps, failure)
+    limit = failure + 5 * math.sqrt(failure * (1 - failure) / starts)
+    assert fails / starts <= limit
+    # It is not vacuous: a tenth of the excess fails often.
+    assert end_excess(d, steps, failure) < 1
+
+
+def test_end_excess_falls_with_steps_and_rises_with_dimension() -> None:
+    assert end_excess(10**8, 40, 0.05) < end_excess(10**8, 20, 0.05) < end_excess(10**9, 20, 0.05) <= 1
+    assert end_excess(10**6, 20, 0.05, mixed=True) > end_excess(10**6, 20, 0.05)
+    assert end_excess(5, 5, 0.05) == 0.0
+    # sinh((2k-1) artanh sqrt(eps)) = sqrt(2d/pi)/failure, the equation it solves
+    eps = end_excess(1000, 10, 0.1)
+    assert math.sinh(19 * math.atanh(math.sqrt(eps))) == pytest.approx(math.sqrt(2000 / math.pi) / 0.1, rel=1e-9)
+    with pytest.raises(UserError, match="probability"):
+        end_excess(10, 3, 0.0)
+
+
+def test_exhausted_krylov_space_is_exact() -> None:
+    run = lanczos(matvec(spectrum_matrix(torch.tensor([3.0, 3.0, -1.0, -1.0]))), streams.gaussian(block_of(4), 0, "s"))
+    assert run.steps == 2 and run.lam_max.value == pytest.approx(3) and run.lam_min.value == pytest.approx(-1)
+    flat = lanczos(lambda v: [torch.zeros_like(t) for t in v], streams.gaussian(block_of(4), 0, "s"))
+    assert flat.lam_max.value == flat.lam_min.value == 0.0 and flat.lam_max.resolved
+
+
+def test_quadrature_gives_traces_of_functions() -> None:
+    H = spectrum_matrix(DECAY)
+    runs = [
+        lanczos(matvec(H), streams.gaussian(block_of(100), 0, "slq", i), max_steps=40, min_steps=40) for i in range(60)
+    ]
+    values = DECAY.double().numpy()
+    for f, exact in (
+        (lambda x: x, values.sum()),
+        (lambda x: np.maximum(x, 0), values[values > 0].sum()),
+        (lambda x: x**2, (values**2).sum()),
+    ):
+        found = mean_estimate([r.quadrature(f, 100) for r in runs])
+        assert found.stderr is not None and abs(found.value - exact) <= 5 * found.stderr
+
+
+def test_start_from_the_last_point_saves_products() -> None:
+    H, there = spectrum_matrix(DECAY), spectrum_matrix(DECAY * 1.05)
+    oracle, (block,) = _single(H)
+    with oracle.products() as hess:
+        first = spectrum(hess, block, 0, tol=0.01)
+    oracle, (block,) = _single(there)
+    with oracle.products() as hess:
+        cold = spectrum(hess, block, 1, tol=0.01, min_steps=3)
+        warm = spectrum(hess, block, 1, warm=first.warm, tol=0.01, min_steps=3)
+    assert warm.lam_max.value == pytest.approx(105, rel=0.01) and warm.lam_min.value == pytest.approx(-21, rel=0.01)
+    assert warm.steps < cold.steps
+
+
+def _single(H: Tensor):
+    oracle, _ = quadratic_oracle(H, H.shape[0] // 2)
+    blocks = partition(oracle.model)
+    oracle.blocks = blocks
+    return oracle, blocks
+
+
+def test_traces_of_all_blocks_out_of_shared_products() -> None:
+    H = spectrum_matrix(DECAY)
+    oracle, blocks = quadratic_oracle(H, 30)
+    with oracle.products() as hess:
+        found = traces(hess, blocks, seed=0, tol=0.02, max_vectors=2000, chunk=50)
+    parts = {"base": H[:30, :30], "peft": H[30:, 30:]}
+    rows = {"base": H[:30], "peft": H[30:]}
+    for name, part in parts.items():
+        trace, square = found[name].trace, found[name].trace_sq
+        assert trace.stderr is not None and abs(trace.value - float(part.trace())) <= 5 * trace.stderr
+        assert square.stderr is not None
+        assert abs(square.value - float((rows[name] ** 2).sum())) <= 5 * square.stderr
+        assert trace.resolved
+
+
+def test_trace_forms_split_by_micro_batch() -> None:
+    oracle, blocks = language_oracle(rows=2, ragged=True)
+    with oracle.products() as hess:
+        found = traces(hess, blocks[1:], seed=0, max_vectors=8)["peft"]
+    assert found.forms.shape == (8, 3)
+    assert found.forms.sum(axis=1).mean() == pytest.approx(found.trace.value, rel=1e-12)
+
+
+def test_a_trace_that_is_zero_is_not_resolved() -> None:
+    H = spectrum_matrix(torch.cat([torch.ones(20), -torch.ones(20)]))
+    oracle, blocks = _single(H)
+    with oracle.products() as hess:
+        found = traces(hess, blocks, seed=0, max_vectors=32)["base"].trace
+    assert not found.resolved and "32 vectors" in found.note
+
+
+def test_coupling_and_margin_against_the_dense_hessian() -> None:
+    oracle, (base, peft) = language_oracle()
+    with oracle.products() as hess:
+        cross = dense(hess, [peft], [base])
+        whole = torch.cat([dense(hess, [base], [base, peft]), dense(hess, [peft], [base, peft])], dim=1)
+        found = coupling(hess, [base], [peft], seed=0, tol=0.01)
+        limits = {"base": 5.0, "peft": 0.5}
+        joint = margin(hess, limits, seed=0, tol=0.01)
+    exact = float(torch.linalg.svdvals(cross)[0])
+    assert found.resolved and found.value == pytest.approx(exact, rel=0.01) and found.value <= exact * (1 + 1e-9)
+    assert found.upper is not None and found.upper >= exact
+    assert (whole - whole.T).abs().max() <= 1e-12 * whole.abs().max()
+    D = torch.cat([torch.full((b.numel,), limits[b.name] ** -0.5, dtype=torch.float64) for b in (base, peft)])
+    ends = torch.linalg.eigvalsh(D[:, None] * whole * D)
+    assert joint.lam_max.value == pytest.approx(float(ends[-1]), rel=0.01)
+    assert joint.lam_min.value == pytest.approx(float(ends[0]), rel=0.01)
+    with oracle.products() as hess, pytest.raises(UserError, match="positive L"):
+        margin(hess, {"base": 1.0, "peft": 0.0}, seed=0)
+
+
+def test_mean_estimate() -> None:
+    found = mean_estimate([1.0, 2.0, 3.0])
+    assert found.value == 2.0 and found.stderr == pytest.approx(1 / math.sqrt(3)) and found.resolved
+    assert not mean_estimate([1.0]).resolved
+    assert not mean_estimate([1.0, -1.0, 0.5]).resolved
+
+
+def test_inner_products_are_taken_in_float64() -> None:
+    """The terms cancel to 1 out of 2e8: a float32 sum loses it."""
+    a = [torch.tensor([1e8, 1.0, -1e8], dtype=torch.float32)]
+    assert dot(a, [torch.ones(3)]) == 1.0
