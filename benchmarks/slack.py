@@ -1,6 +1,6 @@
 """Writes docs/reports/slack.md: bound/measured of every theorem at fixed seeds.
 
-    python benchmarks/slack.py [FILE]
+python benchmarks/slack.py [FILE]
 """
 
 import sys
@@ -25,8 +25,9 @@ truncation terms at 1/3 and 5/13 of the bound. In D, `6.4 n gamma eta_x^2 L_x si
 TAIL = """
 Reading: A0 is sharp (1 to 7 %) in all three of its constants, and on gradient descent it equals PEPit's exact worst case
 (`tests/test_theory_pepit.py`). A costs a factor of 1.4 to 4 more for covering finite differences, and its truncation term is
-loose by two orders of magnitude: (d+2)^3 takes the worst sign of the error in every direction. D is loose by two to four
-orders, as is the reshuffling theorem of the literature beside it: both bound a plateau that the measured runs fall far below.
+loose by two orders of magnitude: (d+2)^3 takes the worst sign of the error in every direction. D's descent term costs a
+factor 4; its noise terms are loose by two to four orders, as is the reshuffling theorem of the literature beside it: both
+bound a plateau that the measured runs fall far below.
 """
 
 if __name__ == "__main__":

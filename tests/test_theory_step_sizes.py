@@ -372,7 +372,7 @@ def test_block_rules_use_the_positive_part_or_say_why_not():
         (lambda: ss.reshuffling(1.0, 0), "n >= 1"),
         (lambda: ss.couple(1.0, 1.0, -1.0), "C >= 0"),
         (lambda: stability_bracket(10.0, 3.0, -1.0), "lambda_min >= 0"),
-        (lambda: stability_bracket(1.0, 3.0), "lambda_max <= tr H"),
+        (lambda: stability_bracket(1.0, 1.1), "lambda_max <= tr H"),
         (lambda: stability_bracket(10.0, 3.0, trace_sq=31.0), "tr"),
         (lambda: stability_root([1.0, 2.0], [1.0]), "one length"),
         (lambda: stability_root([1.0], [-1.0]), "weights"),

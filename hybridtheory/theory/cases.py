@@ -110,10 +110,11 @@ def d(term: str) -> Outcome:
     """Reshuffled epochs at the largest steps; noise terms from the minimum. The 6.4 n term of x is at most 1/(16(d+1)) of the
     12.8 term, so it is shown beside it and pinned by its formula only."""
     n, d_x = 8, 6
-    p = pr.pseudo_huber(d_x, 3, 2.0, 1.0, n=n, spread=2.0, seed=4)
+    far = term.startswith("4 Delta")
+    p = pr.quadratic(d_x, 3, 4.0, 1.0, n=n) if far else pr.pseudo_huber(d_x, 3, 2.0, 1.0, n=n, spread=2.0, seed=4)
     eta_x, eta_y = 1 / (16 * n * (d_x + 2) * p.L_x), 1 / (8 * n * p.L_y)
-    if term.startswith("4 Delta"):
-        w0, T = p.minimiser + _far(p, 20.0), 40
+    if far:
+        w0, T = _far(p, 1.0), 300
     else:
         w0, T = p.minimiser, 400
         eta_x, eta_y = (eta_x, 0.0) if "eta_x" in term else (0.0, eta_y)
@@ -138,10 +139,10 @@ def sgd(term: str) -> Outcome:
 def reshuffling(term: str) -> Outcome:
     """First-order block alone, T epochs; least expected squared gradient over epochs."""
     n = 8
-    p = pr.pseudo_huber(0, 6, 1.0, 1.0, n=n, spread=2.0, seed=4)
-    gamma = 1 / (2 * n * p.L_y)
     far = term.startswith("12 Delta")
-    w0, T = (p.minimiser + _far(p, 50.0), 20) if far else (p.minimiser, 5000)
+    p = pr.quadratic(0, 6, n=n) if far else pr.pseudo_huber(0, 6, 1.0, 1.0, n=n, spread=2.0, seed=4)
+    gamma = 1 / (2 * n * p.L_y)
+    w0, T = (_far(p, 1.0), 2) if far else (p.minimiser, 5000)
     run = simulate(p, w0, 0.0, gamma, T if far else 60, SEEDS, sampling="reshuffle")
     # At the minimum the bound is for the least of T epochs: its descent term is 0 there for every T, so a few suffice; the first
     # epoch starts at the minimum itself and is left out.
