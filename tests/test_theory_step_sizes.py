@@ -9,7 +9,7 @@ import pytest
 from hybridtheory.errors import UserError
 from hybridtheory.theory import step_sizes as ss
 from hybridtheory.theory.checks import at_most, check_bound, check_prediction, inside
-from hybridtheory.theory.finite_scale import finite_scale, phi_trace
+from hybridtheory.theory.finite_scale import finite_scale, flat_scale, phi_trace, tail_limited
 from hybridtheory.theory.generalized import gorbunov_step, vankov_decrease, vankov_step, zhang_step
 from hybridtheory.theory.recommend import Curvature, block_rules, capped, envelope, recommend_base, recommend_peft
 from hybridtheory.theory.stability import stability_bracket, stability_root
@@ -48,6 +48,81 @@ def test_identity_q_optimum_minimises_the_expected_change(q):
 
     step = ss.identity_q_optimum(LAM.sum(), G @ H @ G, G @ G, q)
     assert step.value == pytest.approx(argmin(change, 0, 2), rel=1e-6)
+
+
+def test_identity_q_optimum_of_other_laws():
+    signs = np.array(list(itertools.product((-1.0, 1.0), repeat=7)))
+    A = np.random.default_rng(0).standard_normal((7, 7))
+    H = A @ A.T
+    for law, weights in (("rademacher", np.diag(H) @ G**2), ("sphere", None)):
+        step = ss.identity_q_optimum(np.trace(H), G @ H @ G, G @ G, 1, 0.3, law, 7, weights)
+        if law == "rademacher":
+            bend = ((signs @ G) ** 2 * np.einsum("ki,ij,kj->k", signs, H, signs)).mean()
+            room = 0.6
+        else:
+            bend = gaussian_fourth_moment(np.outer(G, G), H) * 7 / 9
+            room = 0.6 * 7 / 9
+        assert step.value == pytest.approx(G @ G / bend, rel=1e-10)
+        assert step.interval == pytest.approx((1 / (1 / step.value + room), 1 / (1 / step.value - room)))
+
+
+def test_coupled_trace_is_that_of_a_matrix_with_a0s_property():
+    rng = np.random.default_rng(0)
+    for d_x, d_y in ((5, 3), (2, 6)):
+        M = rng.standard_normal((d_x + d_y, d_x + d_y))
+        H = (M + M.T) / 2
+        xx, xy, yy = H[:d_x, :d_x], H[:d_x, d_x:], H[d_x:, d_x:]
+        values, vectors = np.linalg.eigh(xx)
+        plus = (vectors * np.maximum(values, 0)) @ vectors.T
+        A, B, C = values[-1], np.linalg.eigvalsh(yy)[-1], np.linalg.norm(xy, 2)
+        c = ss.couple(A, B, C)
+        M_x = plus + xy @ np.linalg.inv(c.L_y * np.eye(d_y) - yy) @ xy.T
+        joint = np.block([[M_x, np.zeros((d_x, d_y))], [np.zeros((d_y, d_x)), c.L_y * np.eye(d_y)]])
+        assert np.linalg.eigvalsh(joint - H)[0] >= -1e-10
+        assert np.linalg.eigvalsh(M_x)[-1] <= c.L_x * (1 + 1e-12)
+        bound = ss.coupled_trace(np.trace(plus), B, C, c.L_y, d_x, d_y)
+        assert np.trace(M_x) <= bound
+        frobenius = ss.coupled_trace(np.trace(plus), B, C, c.L_y, d_x, (xy**2).sum() / C**2)
+        assert np.trace(M_x) <= frobenius <= bound
+    # Reached: an isotropic coupling C P with P a partial isometry and H_yy = B I.
+    c = ss.couple(4.0, 1.0, 1.5)
+    H_xy = 1.5 * np.eye(5, 3)
+    exact = 20.0 + np.trace(H_xy @ H_xy.T) / (c.L_y - 1.0)
+    assert ss.coupled_trace(20.0, 1.0, 1.5, c.L_y, 5, 3) == pytest.approx(exact)
+    assert ss.coupled_trace(20.0, 1.0, 0.0, 1.0, 5, 3) == 20.0
+
+
+@pytest.mark.parametrize("q", [1, 4])
+def test_tail_limited_step_leaves_the_region_as_often_as_it_says(q):
+    rng = np.random.default_rng(q)
+    T, failure, g_sq, variance, scale, runs = 30, 0.2, 4.0, 1.0, 0.3, 20_000
+    eta = tail_limited(scale, g_sq, T, failure, variance, q).value
+    slopes = math.sqrt(g_sq + variance) * rng.standard_normal((runs, T, q))
+    left = (eta * np.sqrt((slopes**2).sum(2)) / q > scale).any(1)
+    assert abs(left.mean() - failure) <= 5 * math.sqrt(failure * (1 - failure) / runs)
+    if q == 1:
+        rough = scale / math.sqrt(5.0 * 2 * math.log(2 * T / failure))
+        assert rough < eta < 1.3 * rough
+
+
+def test_flat_scale_finds_where_the_quadratic_model_ends():
+    """f = s²/2 + s⁴/4 along every direction: 2 phi/delta² = 1 + delta²/2, so the share 0.5 is passed at delta = 1."""
+    deltas = np.geomspace(1e-3, 10, 400)
+    phi = np.tile(deltas**2 / 2 + deltas**4 / 4, (3, 1))
+    found, reached = flat_scale(deltas, phi, phi, 0.5)
+    assert reached
+    assert found == pytest.approx(1.0, rel=1e-3)
+    # On a coarse grid the crossing is interpolated between its neighbours.
+    deltas = np.array([0.1, 0.5, 2.0])
+    phi = np.tile(deltas**2 / 2 + deltas**4 / 4, (3, 1))
+    base = 1 + 0.1**2 / 2
+    left = [(1 + d**2 / 2) / base - 1 for d in (0.5, 2.0)]
+    expected = 0.5 * 4 ** ((0.5 - left[0]) / (left[1] - left[0]))
+    assert flat_scale(deltas, phi, phi, 0.5) == (pytest.approx(expected), True)
+    flat = np.tile(deltas**2, (3, 1))
+    assert flat_scale(deltas, flat, flat) == (2.0, False)
+    drop = np.tile(deltas**2 / 2 * (1 - 0.2 * deltas), (3, 1))  # leaves downwards too
+    assert flat_scale(deltas, drop, drop, 0.3)[1]
 
 
 @pytest.mark.parametrize("q", [1, 4, 16])
@@ -329,6 +404,7 @@ def test_envelope_and_caps_name_the_rule_that_bound():
     assert set(bound.candidates) == {"rule", "stability", "noise"}
     assert "finite-scale rule alone gives 1" in bound.step.note
     assert recommend_base(steps, (), noise).bound_by == "noise"
+    assert recommend_base(steps, lower, noise, tail_limited(1e-3, 1.0, 10)).bound_by == "tail of a step"
     peft = recommend_peft([0.0, 2.0, 4.0])
     assert peft.step.value == 0.25
     assert capped(steps[0], other=None).step.value == 3.0
@@ -377,6 +453,12 @@ def test_block_rules_use_the_positive_part_or_say_why_not():
         (lambda: stability_root([1.0, 2.0], [1.0]), "one length"),
         (lambda: stability_root([1.0], [-1.0]), "weights"),
         (lambda: zhang_step(0.0, 1.0, 0.0), "L0 \\+ L1"),
+        (lambda: ss.coupled_trace(1.0, 2.0, 1.0, 2.0, 3, 3), "L_y > B"),
+        (lambda: tail_limited(0.1, 1.0, 10, 1.0), "failure probability"),
+        (lambda: tail_limited(0.0, 1.0, 10), "scale > 0"),
+        (lambda: flat_scale([2.0, 1.0], np.ones((3, 2)), np.ones((3, 2))), "increasing"),
+        (lambda: flat_scale([1.0, 2.0], np.zeros((3, 2)), np.zeros((3, 2))), "implied trace of 0"),
+        (lambda: phi_trace([1.0, 2.0], np.ones((3, 2)), np.ones((3, 3))), "n_dirs >= 2"),
         (lambda: finite_scale([1, 2], np.zeros((5, 2)), np.ones(5), 1.0), "at least 3"),
         (lambda: finite_scale([1, 2, 3], np.zeros((3, 3)), np.ones(3), 1.0), "n_dirs"),
         (lambda: finite_scale([1, 2, 3], np.full((5, 3), np.nan), np.ones(5), 1.0), "not finite"),

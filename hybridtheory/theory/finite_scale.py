@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.stats import chi2
 
 from hybridtheory.errors import UserError
-from hybridtheory.theory.checks import nonnegative, positive
+from hybridtheory.theory.checks import count, nonnegative, positive
 from hybridtheory.theory.step_sizes import Step
 
 Array = NDArray[np.float64]
@@ -211,3 +212,54 @@ def phi_trace(deltas: ArrayLike, plus: ArrayLike, minus: ArrayLike) -> tuple[Arr
         raise UserError(f"phi_trace needs deltas > 0, got {delta.tolist()}")
     implied = (p + m) / delta**2
     return implied.mean(axis=0), implied.std(axis=0, ddof=1) / math.sqrt(p.shape[0])
+
+
+def flat_scale(deltas: ArrayLike, plus: ArrayLike, minus: ArrayLike, tolerance: float = 0.5) -> tuple[float, bool]:
+    """(δ, reached): the distance along a random direction up to which the quadratic model holds within `tolerance`.
+
+    Args: as `phi_trace`, deltas increasing; the smallest must still lie on the flat part.
+    Statement: the first δ, interpolated in log δ, at which 2φ/δ² has left its value at the smallest δ by the share `tolerance`;
+               `reached` is False when it never does, and δ is then the largest one, a lower bound. The same directions serve
+               every δ, so the curve's shape is sharp where its level is not.
+    Reference: ours.
+    """
+    delta = np.asarray(deltas, float)
+    positive("flat_scale", tolerance=tolerance)
+    if not (np.diff(delta) > 0).all():
+        raise UserError(f"flat_scale needs increasing deltas, got {delta.tolist()}")
+    implied, _ = phi_trace(delta, plus, minus)
+    if not implied[0] != 0:
+        raise UserError("flat_scale cannot compare with an implied trace of 0 at the smallest delta: take a larger one")
+    left = np.abs(implied / implied[0] - 1)
+    out = np.flatnonzero(left > tolerance)
+    if out.size == 0:
+        return float(delta[-1]), False
+    k = int(out[0])
+    share = (tolerance - left[k - 1]) / (left[k] - left[k - 1])
+    return float(delta[k - 1] * (delta[k] / delta[k - 1]) ** share), True
+
+
+def tail_limited(scale: float, g_sq: float, T: int, failure: float = 0.1, variance: float = 0.0, q: int = 1) -> Step:
+    """The step at which none of T steps moves further than `scale` along its direction, with probability 1 - failure.
+
+    Args: scale: distance in units of u that may be trusted (`flat_scale`); g_sq: ‖g‖², the largest along the run; variance: σ²/b.
+    Assumptions: independent gaussian slopes c ~ N(0, ‖g‖² + σ²/b), true given the point for gaussian u.
+    Statement:   the step is η sqrt(Σ_k c_k²)/q long, so η = q scale/sqrt((‖g‖² + σ²/b) z) with z the quantile of chi²_q that is
+                 passed with probability 1 - (1 - failure)^(1/T). Never below scale/(‖g‖ sqrt(2 ln(2T/failure))) for q = 1.
+    Reference:   ours: the mean of a step does not see its tail, and a run that leaves the flat region does not come back.
+    """
+    positive("tail_limited", scale=scale, g_sq=g_sq)
+    nonnegative("tail_limited", variance=variance)
+    count("tail_limited", T=T, q=q)
+    if not 0 < failure < 1:
+        raise UserError(f"a failure probability must lie in (0, 1), got {failure:.6g}")
+    single = -math.expm1(math.log1p(-failure) / T)
+    z = float(chi2.isf(single, q))
+    value = q * scale / math.sqrt((g_sq + variance) * z)
+    return Step(
+        value,
+        "tail of a step",
+        "q scale/(|g| sqrt(z)), z the chi2_q tail over T steps",
+        "the flat scale and |g|",
+        note=f"for {T} steps with probability {1 - failure:g}, while |g| stays below {math.sqrt(g_sq):.4g}",
+    )

@@ -73,5 +73,5 @@ def gorbunov_step(L0: float, L1: float, g_norm: float) -> Step:
 
 def _l0l1(where: str, L0: float, L1: float, g_norm: float) -> None:
     nonnegative(where, L0=L0, L1=L1, g_norm=g_norm)
-    if L0 + L1 * g_norm <= 0:
+    if L0 == 0 and L1 * g_norm == 0:
         raise UserError(f"{where} needs L0 + L1 |g| > 0, got L0 = {L0:.4g}, L1 = {L1:.4g}, |g| = {g_norm:.4g}")

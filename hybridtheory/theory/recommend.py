@@ -121,19 +121,19 @@ def capped(first: Step, **caps: Step | None) -> Recommendation:
 
 
 def recommend_base(
-    finite_scale_steps: Sequence[Step], bracket_lower_ends: Sequence[Step] = (), noise: Step | None = None
+    finite_scale_steps: Sequence[Step],
+    bracket_lower_ends: Sequence[Step] = (),
+    noise: Step | None = None,
+    tail: Step | None = None,
 ) -> Recommendation:
-    """η_base: the envelope minimum of the finite-scale rule, not above the bracket's least lower end nor the
-    noise-limited step.
+    """η_base: the envelope minimum of the finite-scale rule, lowered to the least cap that is given.
 
     Args: one finite-scale step a point; lower ends of the stability bracket (tr(H_+) where H is indefinite), for the
-          points that have one; the noise-limited step of the block, for minibatch training.
+          points that have one; the noise-limited step of the block, for minibatch training; the tail-limited step, for
+          a horizon of many steps.
     """
-    return capped(
-        envelope(finite_scale_steps),
-        stability=envelope(bracket_lower_ends) if bracket_lower_ends else None,
-        noise=noise,
-    )
+    bracket = envelope(bracket_lower_ends) if bracket_lower_ends else None
+    return capped(envelope(finite_scale_steps), stability=bracket, noise=noise, tail=tail)
 
 
 def recommend_peft(coupled_L: Sequence[float], noise: Step | None = None) -> Recommendation:

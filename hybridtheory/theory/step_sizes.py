@@ -19,6 +19,7 @@ from typing import Any
 
 from hybridtheory.errors import UserError
 from hybridtheory.theory.checks import Hypothesis, count, finite, nonnegative, positive
+from hybridtheory.theory.moments import curvature_moment, fourth
 
 
 @dataclass(frozen=True)
@@ -66,32 +67,40 @@ def worst_case(L: float, d: int, q: int = 1) -> Step:
     return Step(1.0 / (L * curvature_per_gradient(d, q)), "A0, worst case", "1/(L (d+q+1)/q)", "L and the dimension d")
 
 
-def identity_q_optimum(trace: float, gHg: float, g_sq: float, q: int = 1, trace_se: float = 0.0) -> Step:
+def identity_q_optimum(
+    trace: float,
+    gHg: float,
+    g_sq: float,
+    q: int = 1,
+    trace_se: float = 0.0,
+    law: str = "gaussian",
+    d: int = 1,
+    diag_gHg: float | None = None,
+) -> Step:
     """q/(tr H + (q+1) g'Hg/‖g‖²): the exact minimiser of the expected one-step change of the local quadratic model.
 
-    Assumptions: f quadratic on the scale of a step; Gaussian directions; full batch; any sign of the eigenvalues.
-    Statement:   E f(w+) - f(w) = -η‖g‖² + (η²/2)((q+1) g'Hg + tr(H)‖g‖²)/q, least at this η (unbounded unless the
-                 bracket is > 0).
+    Args: law, d, diag_gHg: for directions that are not gaussian, as in `moments.curvature_moment` (gaussian needs no d).
+    Assumptions: f quadratic on the scale of a step; full batch; any sign of the eigenvalues.
+    Statement:   E f(w+) - f(w) = -η‖g‖² + (η²/2) E ĝ'Hĝ with E ĝ'Hĝ = ((q+1) g'Hg + tr(H)‖g‖²)/q for gaussian directions;
+                 least at η = ‖g‖²/E ĝ'Hĝ, and without a minimum unless E ĝ'Hĝ > 0.
     Reference:   Identity Q (ours), exact. The interval covers tr(H) ± 2 standard errors and nothing else.
     """
-    finite("identity_q_optimum", trace=trace, gHg=gHg)
     positive("identity_q_optimum", g_sq=g_sq)
     nonnegative("identity_q_optimum", trace_se=trace_se)
-    count("identity_q_optimum", q=q)
-    bend = trace + (q + 1) * gHg / g_sq
+    bend = curvature_moment(law, d, g_sq, gHg, trace, diag_gHg, q) / g_sq
     if bend <= 0:
         raise UserError(
-            f"Identity Q has no finite best step: tr H + (q+1) g'Hg/|g|^2 = {bend:.4g} <= 0 (tr H = {trace:.4g}, "
-            f"g'Hg/|g|^2 = {gHg / g_sq:.4g}, "
-            f"q = {q}): the quadratic model falls for ever here; use the finite-scale rule or A0 with tr(H_+)"
+            f"Identity Q has no finite best step: E[ghat'H ghat]/|g|^2 = {bend:.4g} <= 0 (tr H = {trace:.4g}, "
+            f"g'Hg/|g|^2 = {gHg / g_sq:.4g}, q = {q}): the quadratic model falls for ever here; use the finite-scale "
+            f"rule or A0 with tr(H_+)"
         )
-    low, high = bend + 2 * trace_se, bend - 2 * trace_se
+    room = 2 * trace_se * fourth(law, d, q).isotropic
     return Step(
-        q / bend,
+        1 / bend,
         "Identity Q",
-        "q/(tr H + (q+1) g'Hg/|g|^2)",
+        "q/(tr H + (q+1) g'Hg/|g|^2)" if law == "gaussian" else "|g|^2/E[ghat'H ghat]",
         "tr(H)",
-        (q / low, q / high if high > 0 else math.inf) if trace_se > 0 else None,
+        (1 / (bend + room), 1 / (bend - room) if bend > room else math.inf) if trace_se > 0 else None,
         "tr(H) within 2 standard errors, at this point" if trace_se > 0 else "",
     )
 
@@ -224,6 +233,23 @@ def couple(A: float, B: float, C: float) -> Coupled:
     L_x, L_y = max(A, 0.0) + C, max(B, 0.0) + C
     note = f"A = {A:.4g} and B = {B:.4g} are not both positive: L_x = A_+ + C, L_y = B_+ + C; no ratio is kept"
     return Coupled(L_x, L_y, False, note)
+
+
+def coupled_trace(trace_plus: float, B: float, C: float, L_y: float, d_x: int, d_y: int) -> float:
+    """tr(M_x) <= tr(H_xx,+) + C² min(d_x, d_y)/(L_y - B): the trace that Theorem A0 needs once the blocks are coupled.
+
+    Args: trace_plus = tr(H_xx,+); B, C, L_y as in `couple`; pass ‖H_xy‖_F²/C² in place of d_y where the Frobenius norm is known.
+    Statement:   M_x = H_xx,+ + H_xy (L_y I - H_yy)^{-1} H_yx has diag(M_x, L_y I) >= H and λ_max(M_x) <= A + C²/(L_y - B), the
+                 L_x of `couple`; adding C sqrt(A/B) to every eigenvalue instead would multiply it by d_x.
+    Reference:   ours (Schur complement).
+    """
+    nonnegative("coupled_trace", trace_plus=trace_plus, C=C)
+    positive("coupled_trace", d_x=d_x, d_y=d_y)
+    if C == 0:
+        return trace_plus
+    if not L_y > B:
+        raise UserError(f"coupled_trace needs L_y > B, got L_y = {L_y:.6g}, B = {B:.6g}: take L_y from couple(A, B, C)")
+    return trace_plus + C**2 * min(d_x, d_y) / (L_y - B)
 
 
 def ratio(L_x: float, L_y: float, r: float, q: int = 1) -> float:
