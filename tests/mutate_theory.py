@@ -10,6 +10,7 @@ Not mutated: zeros (2 · 0 = 0), indices and axes, tolerances (below 1e-5 or abo
 from __future__ import annotations
 
 import ast
+import functools
 import gc
 import importlib
 import os
@@ -100,9 +101,15 @@ class Sites(ast.NodeVisitor):
             self.found.append((parent, name, index, child))
 
 
+@functools.cache
+def source(module: str) -> str:
+    """The module's text, read once: an edit while the hunt runs must not shift the sites."""
+    return Path(importlib.import_module(f"hybridtheory.theory.{module}").__file__ or "").read_text()
+
+
 def parse(module: str) -> tuple[ast.Module, Sites]:
     """The module's tree and its sites, in reading order."""
-    tree = ast.parse(Path(importlib.import_module(f"hybridtheory.theory.{module}").__file__ or "").read_text())
+    tree = ast.parse(source(module))
     sites = Sites()
     sites.visit(tree)
     return tree, sites
@@ -183,6 +190,8 @@ class Runner:
                 raise RuntimeError(f"{item.nodeid} fails without any mutation: nothing can be learned")
             timed.append((time.perf_counter() - start, len(timed), item))
         order = [item for _, _, item in sorted(timed, key=lambda t: t[:2])]
+        for module in self.modules:
+            source(module)
         gc.freeze()  # children then share the parent's pages
         for module in self.modules:
             for number, mutant in enumerate(mutants(module)):

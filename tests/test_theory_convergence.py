@@ -357,7 +357,7 @@ def test_sample_complexity_and_its_price_of_confidence():
         (lambda: cv.theorem_a0(-0.1, 0.1, 1.0, 1.0, 3, 1.0, 5), "eta_x >= 0"),
         (lambda: cv.theorem_a0(0.0, 0.0, 1.0, 1.0, 3, 1.0, 5), "eta > 0"),
         (lambda: cv.theorem_a0(0.1, 0.1, 1.0, math.nan, 3, 1.0, 5), "L_y = nan"),
-        (lambda: cv.theorem_a(0.01, 0.1, 1.0, 1.0, 3, math.nan, 5), "delta = nan"),
+        (lambda: cv.theorem_a(0.01, 0.1, 1.0, 1.0, 3, math.nan, 5), "lower bound of f"),
         (lambda: cv.theorem_a(0.01, 0.1, 1.0, 1.0, 3, 1.0, 0), "T >= 1"),
         (lambda: cv.theorem_d(1e-4, 1e-3, 1.0, 1.0, 3, 0, 1.0, 5), "n >= 1"),
         (lambda: cv.theorem_d(1e-4, 1e-3, 1.0, 1.0, 3, 2, 1.0, 5, -1.0), "sigma_x_sq >= 0"),
@@ -365,6 +365,7 @@ def test_sample_complexity_and_its_price_of_confidence():
         (lambda: cv.with_probability(cv.theorem_a0(0.01, 0.1, 1.0, 1.0, 3, 1.0, 5), 0.0), "failure probability"),
         (lambda: rf.steps_li(0.1, 1.5, lambda u: 1.0, 1.0, 1.0), "failure probability"),
         (lambda: rf.sgd(0.1, -1.0, 1.0, 5), "L > 0"),
+        (lambda: rf.sgd(0.1, 1.0, math.nan, 5), "Delta = f"),
         (lambda: rf.fixed_subspace(0, 1.0, 1.0, 5), "k >= 1"),
     ],
 )

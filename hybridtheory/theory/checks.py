@@ -122,6 +122,15 @@ def finite(where: str, **values: float) -> None:
             raise UserError(f"{where} needs a finite {name}, got {name} = {value:.6g}")
 
 
+def gap(where: str, delta: float) -> None:
+    """Refuse a Δ = f(w_0) - f* that is missing (NaN), negative or infinite."""
+    if math.isnan(delta):
+        raise UserError(
+            f"{where} needs Delta = f(w_0) - f*, got delta = nan: pass f(w_0) less a lower bound of f (0 for cross-entropy)"
+        )
+    nonnegative(where, delta=delta)
+
+
 def count(where: str, **values: int) -> None:
     """Refuse, naming it, anything that is not a whole number >= 1."""
     for name, value in values.items():

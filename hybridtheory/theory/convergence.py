@@ -19,7 +19,7 @@ from typing import Any
 from scipy.optimize import brentq
 
 from hybridtheory.errors import UserError
-from hybridtheory.theory.checks import Hypothesis, at_most, count, inside, nonnegative, positive
+from hybridtheory.theory.checks import Hypothesis, at_most, count, gap, inside, nonnegative, positive
 from hybridtheory.theory.step_sizes import curvature_per_gradient
 
 # Relative room for rounding when a step is exactly at the end of a theorem's range.
@@ -184,6 +184,7 @@ def theorem_c(
                  (1/T) Σ E[η_x‖g_x‖²/8 + η_y‖g_y‖²/2] <= Δ/T + (5/16) η_x mu² L_x² d².
     Reference:   Theorem C', ours.
     """
+    gap("Theorem C'", delta)
     positive("Theorem C'", eta_x=eta_x, eta_y=eta_y, delta=delta)
     nonnegative("Theorem C'", mu=mu)
     count("Theorem C'", d=d, T=T)
@@ -271,6 +272,7 @@ def _common(
     where: str, eta_x: float, eta_y: float, L_x: float, L_y: float, delta: float, T: int, sx: float, sy: float
 ) -> None:
     # A zero rate freezes a block: the theorem then speaks of the other one.
-    nonnegative(where, eta_x=eta_x, eta_y=eta_y, delta=delta, sigma_x_sq=sx, sigma_y_sq=sy)
+    gap(where, delta)
+    nonnegative(where, eta_x=eta_x, eta_y=eta_y, sigma_x_sq=sx, sigma_y_sq=sy)
     positive(where, L_x=L_x, L_y=L_y, eta=eta_x + eta_y)
     count(where, T=T)

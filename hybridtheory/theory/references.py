@@ -11,14 +11,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from hybridtheory.errors import UserError
-from hybridtheory.theory.checks import at_least, at_most, count, inside, nonnegative, positive
+from hybridtheory.theory.checks import at_least, at_most, count, gap, inside, nonnegative, positive
 from hybridtheory.theory.convergence import ROOM, Bound, gradient_radius
 
 
 def sgd(eta: float, L: float, delta: float, T: int, sigma_sq: float = 0.0) -> Bound:
     """(1/T) Σ E‖∇f‖² <= 2Δ/(ηT) + ηLσ² for η <= 1/L: textbook (Ghadimi & Lan 2013), re-derived; FO block alone."""
     positive("the SGD reference", eta=eta, L=L)
-    nonnegative("the SGD reference", delta=delta, sigma_sq=sigma_sq)
+    gap("the SGD reference", delta)
+    nonnegative("the SGD reference", sigma_sq=sigma_sq)
     count("the SGD reference", T=T)
     tested = inside("the SGD reference", [at_most("eta <= 1/L", eta, ROOM / L)], "lower eta")
     terms = {"2 Delta/(eta T)": 2 * delta / (eta * T), "eta L sigma^2": eta * L * sigma_sq}
@@ -31,7 +32,8 @@ def random_reshuffling(gamma: float, L: float, n: int, delta: float, T: int, B_s
     Reference: Mishchenko, Khaled & Richtárik 2020, Theorem 4 with A = 0 (from memory); first-order block alone.
     """
     positive("the reshuffling reference", gamma=gamma, L=L)
-    nonnegative("the reshuffling reference", delta=delta, B_sq=B_sq)
+    gap("the reshuffling reference", delta)
+    nonnegative("the reshuffling reference", B_sq=B_sq)
     count("the reshuffling reference", n=n, T=T)
     limit = ROOM / (2 * n * L)
     tested = inside("the reshuffling reference", [at_most("gamma <= 1/(2 n L)", gamma, limit)], "lower gamma")
@@ -75,6 +77,7 @@ def li_nonconvex(law: Callable[[float], float], eta: float, delta: float, T: int
 
     Reference: Li et al. 2023, Theorem 5.2 (read; the constant 2 is the classical one).
     """
+    gap("Li et al. Theorem 5.2", delta)
     positive("Li et al. Theorem 5.2", eta=eta, delta=delta)
     count("Li et al. Theorem 5.2", T=T)
     G = gradient_radius(law, delta)
@@ -97,6 +100,7 @@ def li_sgd(
     Reference:   Li et al. 2023, Theorem 5.3 (read). σ enters F as it stands there, although its units are those of a gradient.
     """
     _failure(failure)
+    gap("Li et al. Theorem 5.3", delta)
     positive("Li et al. Theorem 5.3", eta=eta, delta=delta, eps=eps)
     nonnegative("Li et al. Theorem 5.3", sigma=sigma)
     count("Li et al. Theorem 5.3", T=T)
