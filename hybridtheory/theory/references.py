@@ -56,9 +56,7 @@ def li_convex(law: Callable[[float], float], g0_norm: float, eta: float, distanc
     count("Li et al. Theorem 4.2", T=T)
     m = law(2 * g0_norm)
     positive("Li et al. Theorem 4.2", l_of_2G=m)
-    radius = g0_norm / m
-    limit = min(1 / m, radius / (2 * g0_norm))
-    tested = inside("Li et al. Theorem 4.2", [at_most("eta <= 1/(2 l(2G))", eta, limit * ROOM)], "lower eta")
+    tested = inside("Li et al. Theorem 4.2", [at_most("eta <= 1/(2 l(2G))", eta, ROOM / (2 * m))], "lower eta")
     terms = {"|w_0 - w*|^2/(2 eta T)": distance_sq / (2 * eta * T)}
     return Bound("Li et al. 4.2", "f(w_T) - f*", terms, (0.0, 0.0), tested, "paper (rate from memory)")
 
