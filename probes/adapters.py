@@ -67,7 +67,7 @@ def attach(
     """
     model = loaded.model
     if isinstance(model, peft.PeftModel):
-        return model, _describe(model)
+        return model, describe(model)
     if loaded.adapter is not None and kind_of_peft not in TYPES:
         raise UserError(f"{loaded.name} already brings an adapter: leave --peft out")
     folder = loaded.adapter or (None if kind_of_peft in TYPES else Path(kind_of_peft))
@@ -84,7 +84,7 @@ def attach(
     if base.dtype == torch.float64:  # peft makes prompts in float32 whatever the base
         wrapped.to(torch.float64)
     wrapped.eval()
-    return wrapped, _describe(wrapped)
+    return wrapped, describe(wrapped)
 
 
 def _config(
@@ -248,7 +248,7 @@ def _line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:240]
 
 
-def _describe(model: Any) -> dict[str, Any]:
+def describe(model: Any) -> dict[str, Any]:
     """type, rank, alpha, scale, init, targets, virtual_tokens, modules_to_save: what curvature of an adapter means
     little without."""
     config = model.active_peft_config

@@ -26,7 +26,9 @@ from hybridtheory.vectors import Tensors, add_, clone, norm
 from probes import rates
 from probes.cost_estimate import Meter, estimate
 from probes.fits import fits
+from probes.given import Given, evaluating, given
 from probes.point import Settings, measure
+from probes.provenance import provenance
 from probes.records import (
     BlockInfo,
     DataInfo,
@@ -42,6 +44,7 @@ from probes.records import (
     TrainStep,
     Warning,
 )
+from probes.report import Report
 from probes.tasks import Task
 
 Progress = Callable[[str, float], None]  # (what is being done, share of the estimated work that is behind us)
@@ -51,7 +54,7 @@ Progress = Callable[[str, float], None]  # (what is being done, share of the est
 class Probe:
     """A task with its blocks and oracle: what every part of the run works on."""
 
-    task: Task
+    task: Task | Given
     settings: Settings
     groups: list[Block]
     blocks: list[Block]
@@ -59,7 +62,7 @@ class Probe:
     rows: int
 
     @classmethod
-    def of(cls, task: Task, settings: Settings) -> Probe:
+    def of(cls, task: Task | Given, settings: Settings) -> Probe:
         groups = partition(task.model, "group", task.is_peft, task.base, task.peft_info)
         finer = partition(task.model, settings.blocks, task.is_peft, task.base, task.peft_info)
         rows = len(task.rows)
@@ -78,17 +81,17 @@ class Probe:
 
 
 def run(
-    task: Task,
+    task: Task | Given,
     settings: Settings,
     done: Sequence[Record] = (),
     progress: Progress | None = None,
-    provenance: dict[str, Any] | None = None,
+    origin: dict[str, Any] | None = None,
     dry: bool = False,
 ) -> Iterator[Record]:
     """Measure, record by record. ``done``: records of the run that is resumed. ``dry``: stop after preflight and cost estimate."""
     probe = Probe.of(task, settings)
     meter = Meter(probe.oracle, progress)
-    yield _header(probe, provenance or {})
+    yield _header(probe, origin or {})
     with _restored(probe.groups):
         yield from _warnings(task)
         yield from _preflight(probe, meter)
@@ -97,8 +100,8 @@ def run(
         if dry:
             return
         meter.expect(expected)
-        points: list[Point] = []
-        secants: list[Secant] = []
+        points = [r for r in done if isinstance(r, Point)]
+        secants = [r for r in done if isinstance(r, Secant)]
         for record in _trajectory(probe, meter, done):
             if isinstance(record, Point):
                 points.append(record)
@@ -317,7 +320,7 @@ def _preflight(probe: Probe, meter: Meter) -> Iterator[Record]:
         yield Warning(found.note, "preflight")
 
 
-def _warnings(task: Task) -> Iterator[Warning]:
+def _warnings(task: Task | Given) -> Iterator[Warning]:
     yield from (Warning(note, "task") for note in task.notes)
 
 
@@ -343,7 +346,7 @@ def _restored(blocks: Sequence[Block]) -> Iterator[None]:
             t.requires_grad_(flag)
 
 
-def _header(probe: Probe, provenance: dict[str, Any]) -> Header:
+def _header(probe: Probe, origin: dict[str, Any]) -> Header:
     task, info = probe.task, dict(probe.task.info)
     parameters = sum(b.numel for b in probe.groups)
     dtype = str(probe.groups[0].tensors[0].dtype).removeprefix("torch.")
@@ -370,5 +373,25 @@ def _header(probe: Probe, provenance: dict[str, Any]) -> Header:
         peft=peft,
         options=asdict(probe.settings),
         threads=torch.get_num_threads(),
-        **provenance,
+        **origin,
     )  # fmt: skip
+
+
+def probe_smoothness(
+    model: torch.nn.Module,
+    batches: Sequence[Any],
+    loss_fn: Callable[[torch.nn.Module, Any], Tensor] | None = None,
+    blocks: str = "group",
+    seed: int = 0,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Report:
+    """Measure any module on the given batches; the report holds every record, and its ``json()`` is report.json.
+
+    loss_fn   ``loss_fn(model, batch)``: mean loss over the batch's rows. None: the batches carry labels (see `probes.given`).
+    settings  fields of `probes.point.Settings`: points, secants, run_steps, directions, mu, micro_batch, curvature, ...
+    The model is measured in evaluation mode; its weights, gradients, flags and modes are as found afterwards. Raises UserError.
+    """
+    wanted = Settings(blocks=blocks, seed=seed, **settings)
+    with evaluating(model):
+        return Report.of(run(given(model, batches, loss_fn), wanted, progress=progress, origin=provenance()))
