@@ -342,9 +342,13 @@ def test_sample_complexity_and_its_price_of_confidence():
         reached = bound.value / (c / max(zo, L_y)) / failure
         assert reached <= eps**2 * (1 + 1e-9)
         assert reached >= eps**2 * (0.98 if noise else 0.49)
-    few = {"eps": 0.1, "L_x": 2.0, "L_y": 3.0, "r": 5.0, "delta": 0.7}
-    quiet = rf.failure_exponent(lambda f: rf.steps_markov(failure=f, sigma_x_sq=0.0, sigma_y_sq=0.0, **few), 0.01)
-    noisy = rf.failure_exponent(lambda f: rf.steps_markov(failure=f, sigma_x_sq=3.0, sigma_y_sq=1.0, **few), 0.01)
+    few = {"eps": 0.1, "L_x": 2.0, "L_y": 3.0, "r": 5.0, "Delta": 0.7}
+    quiet = rf.failure_exponent(
+        lambda f: rf.steps_markov(delta_probability=f, sigma_x_sq=0.0, sigma_y_sq=0.0, **few), 0.01
+    )
+    noisy = rf.failure_exponent(
+        lambda f: rf.steps_markov(delta_probability=f, sigma_x_sq=3.0, sigma_y_sq=1.0, **few), 0.01
+    )
     flat = rf.failure_exponent(lambda f: rf.steps_li(0.1, f, lambda u: 2.0, 0.7, 1.0), 0.01)
     affine = rf.failure_exponent(lambda f: rf.steps_li(0.1, f, lambda u: 2.0 + u, 0.7, 1.0), 0.01)
     assert (quiet, noisy, flat) == pytest.approx((1, 2, 3), abs=0.01)
@@ -361,8 +365,8 @@ def test_sample_complexity_and_its_price_of_confidence():
         (lambda: cv.theorem_a(0.01, 0.1, 1.0, 1.0, 3, 1.0, 0), "T >= 1"),
         (lambda: cv.theorem_d(1e-4, 1e-3, 1.0, 1.0, 3, 0, 1.0, 5), "n >= 1"),
         (lambda: cv.theorem_d(1e-4, 1e-3, 1.0, 1.0, 3, 2, 1.0, 5, -1.0), "sigma_x_sq >= 0"),
-        (lambda: cv.theorem_c(0.1, 0.1, lambda u: 1.0, lambda u: 1.0, 3, -1.0, 5), "delta >= 0"),
-        (lambda: cv.theorem_c(0.1, 0.1, lambda u: 1.0, lambda u: 1.0, 3, 0.0, 5), "delta > 0"),
+        (lambda: cv.theorem_c(0.1, 0.1, lambda u: 1.0, lambda u: 1.0, 3, -1.0, 5), "Delta >= 0"),
+        (lambda: cv.theorem_c(0.1, 0.1, lambda u: 1.0, lambda u: 1.0, 3, 0.0, 5), "Delta > 0"),
         (lambda: cv.with_probability(cv.theorem_a0(0.01, 0.1, 1.0, 1.0, 3, 1.0, 5), 0.0), "failure probability"),
         (lambda: rf.steps_li(0.1, 1.5, lambda u: 1.0, 1.0, 1.0), "failure probability"),
         (lambda: rf.sgd(0.1, -1.0, 1.0, 5), "L > 0"),

@@ -237,7 +237,7 @@ def test_reshuffling_steps_are_the_edge_of_theorem_d():
     from hybridtheory.theory import convergence
 
     zo, fo = ss.reshuffling(3.0, 10, 50).value, ss.reshuffling(2.0, 10).value
-    base = {"L_x": 3.0, "L_y": 2.0, "d": 50, "n": 10, "delta": 1.0, "T": 100, "sigma_x_sq": 1.0, "sigma_y_sq": 1.0}
+    base = {"L_x": 3.0, "L_y": 2.0, "d": 50, "n": 10, "Delta": 1.0, "T": 100, "sigma_x_sq": 1.0, "sigma_y_sq": 1.0}
     convergence.theorem_d(eta_x=zo, eta_y=fo, **base)
     for eta_x, eta_y in ((1.001 * zo, fo), (zo, 1.001 * fo)):
         with pytest.raises(UserError, match="Theorem D"):
@@ -443,7 +443,7 @@ def test_block_rules_use_the_positive_part_or_say_why_not():
         (lambda: ss.identity_q_optimum(-10.0, 1.0, 1.0), "no finite best step"),
         (lambda: ss.identity_q_optimum(10.0, 1.0, 0.0), "g_sq > 0"),
         (lambda: ss.first_order(1.0, 1.0), "momentum in"),
-        (lambda: ss.noise_limited(-1.0, 10, 1.0, 1.0, None), "delta > 0"),
+        (lambda: ss.noise_limited(-1.0, 10, 1.0, 1.0, None), "Delta > 0"),
         (lambda: ss.noise_limited(1.0, 10, 1.0, 0.0, None), "sigma_sq > 0"),
         (lambda: ss.reshuffling(1.0, 0), "n >= 1"),
         (lambda: ss.couple(1.0, 1.0, -1.0), "C >= 0"),

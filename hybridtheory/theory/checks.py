@@ -122,13 +122,13 @@ def finite(where: str, **values: float) -> None:
             raise UserError(f"{where} needs a finite {name}, got {name} = {value:.6g}")
 
 
-def gap(where: str, delta: float) -> None:
+def gap(where: str, Delta: float) -> None:
     """Refuse a Δ = f(w_0) - f* that is missing (NaN), negative or infinite."""
-    if math.isnan(delta):
+    if math.isnan(Delta):
         raise UserError(
-            f"{where} needs Delta = f(w_0) - f*, got delta = nan: pass f(w_0) less a lower bound of f (0 for cross-entropy)"
+            f"{where} needs Delta = f(w_0) - f*, got nan: pass f(w_0) less a lower bound of f (0 for cross-entropy)"
         )
-    nonnegative(where, delta=delta)
+    nonnegative(where, Delta=Delta)
 
 
 def count(where: str, **values: int) -> None:

@@ -59,7 +59,7 @@ def theorem_a0(
     L_x: float,
     L_y: float,
     r: float,
-    delta: float,
+    Delta: float,
     T: int,
     sigma_x_sq: float = 0.0,
     sigma_y_sq: float = 0.0,
@@ -72,7 +72,7 @@ def theorem_a0(
                  while both weights are >= 0, so η_x <= 2/(L_x R) and η_y <= 2/L_y are required.
     Reference:   Theorem A0, ours (q = 1: R = r + 2).
     """
-    _common("Theorem A0", eta_x, eta_y, L_x, L_y, delta, T, sigma_x_sq, sigma_y_sq)
+    _common("Theorem A0", eta_x, eta_y, L_x, L_y, Delta, T, sigma_x_sq, sigma_y_sq)
     R = curvature_per_gradient(r, q)
     tested = inside(
         "Theorem A0",
@@ -83,7 +83,7 @@ def theorem_a0(
         "lower the step, raise q, or measure a smaller L or r",
     )
     terms = {
-        "2 Delta/T": 2 * delta / T,
+        "2 Delta/T": 2 * Delta / T,
         "eta_x^2 L_x R sigma_x^2": eta_x**2 * L_x * R * sigma_x_sq,
         "eta_y^2 L_y sigma_y^2": eta_y**2 * L_y * sigma_y_sq,
     }
@@ -97,7 +97,7 @@ def theorem_a(
     L_x: float,
     L_y: float,
     d: int,
-    delta: float,
+    Delta: float,
     T: int,
     sigma_x_sq: float = 0.0,
     sigma_y_sq: float = 0.0,
@@ -110,7 +110,7 @@ def theorem_a(
                  constant L_m; η_x <= 1/(4 L_x (d+2)), η_y <= 1/L_y.
     Reference:   Theorem A, ours.
     """
-    _common("Theorem A", eta_x, eta_y, L_x, L_y, delta, T, sigma_x_sq, sigma_y_sq)
+    _common("Theorem A", eta_x, eta_y, L_x, L_y, Delta, T, sigma_x_sq, sigma_y_sq)
     count("Theorem A", d=d)
     nonnegative("Theorem A", mu=mu, L_m=L_m)
     tested = inside(
@@ -122,7 +122,7 @@ def theorem_a(
         "lower the step; Theorem A0 has a wider range for exact derivatives",
     )
     terms = {
-        "2 Delta/T": 2 * delta / T,
+        "2 Delta/T": 2 * Delta / T,
         "2 L_x eta_x^2 (d+2) sigma_x^2": 2 * L_x * eta_x**2 * (d + 2) * sigma_x_sq,
         "L_y eta_y^2 sigma_y^2": L_y * eta_y**2 * sigma_y_sq,
         "eta_x mu^2 L_m^2 (d+2)^3/2": 0.5 * eta_x * mu**2 * L_m**2 * (d + 2) ** 3,
@@ -170,7 +170,7 @@ def theorem_c(
     law_x: Callable[[float], float],
     law_y: Callable[[float], float],
     d: int,
-    delta: float,
+    Delta: float,
     T: int,
     mu: float = 0.0,
 ) -> PathwiseBound:
@@ -184,24 +184,24 @@ def theorem_c(
                  (1/T) Σ E[η_x‖g_x‖²/8 + η_y‖g_y‖²/2] <= Δ/T + (5/16) η_x mu² L_x² d².
     Reference:   Theorem C', ours.
     """
-    gap("Theorem C'", delta)
-    positive("Theorem C'", eta_x=eta_x, eta_y=eta_y, delta=delta)
+    gap("Theorem C'", Delta)
+    positive("Theorem C'", eta_x=eta_x, eta_y=eta_y, Delta=Delta)
     nonnegative("Theorem C'", mu=mu)
     count("Theorem C'", d=d, T=T)
-    G = gradient_radius(lambda u: max(law_x(u), law_y(u)), 2 * delta)
+    G = gradient_radius(lambda u: max(law_x(u), law_y(u)), 2 * Delta)
     L_x, L_y = law_x(2 * G), law_y(2 * G)
     positive("Theorem C'", L_x=L_x, L_y=L_y)
     tested = inside(
         "Theorem C'",
         [
-            at_most("mu <= 2 sqrt(Delta/(T L_x d))", mu, 2 * math.sqrt(delta / (T * L_x * d)) * ROOM),
+            at_most("mu <= 2 sqrt(Delta/(T L_x d))", mu, 2 * math.sqrt(Delta / (T * L_x * d)) * ROOM),
             at_most("eta_x <= 1/(2 d L_x)", eta_x, ROOM / (2 * d * L_x)),
             at_most("eta_y <= 1/L_y", eta_y, ROOM / L_y),
         ],
         f"here G = {G:.4g}, L_x = {L_x:.4g}, L_y = {L_y:.4g}",
     )
     truncation = eta_x * mu**2 * L_x**2 * d**2
-    start = {"Delta/T": delta / T}
+    start = {"Delta/T": Delta / T}
     sure = Bound(
         "Theorem C' (every run)",
         "mean over t of c_x D_t^2 + c_y |g_y|^2",
@@ -216,7 +216,7 @@ def theorem_c(
         (eta_x / 8, eta_y / 2),
         tested,
     )
-    return PathwiseBound(1.5 * delta, G, L_x, L_y, sure, expected)
+    return PathwiseBound(1.5 * Delta, G, L_x, L_y, sure, expected)
 
 
 def theorem_d(
@@ -226,7 +226,7 @@ def theorem_d(
     L_y: float,
     d: int,
     n: int,
-    delta: float,
+    Delta: float,
     T: int,
     sigma_x_sq: float = 0.0,
     sigma_y_sq: float = 0.0,
@@ -239,7 +239,7 @@ def theorem_d(
                  η_y <= 1/(8 n L_y). σ_k² may be averages over the epoch starts.
     Reference:   Theorem D, ours; the shape of the steps is that of arXiv 2604.09940.
     """
-    _common("Theorem D", eta_x, eta_y, L_x, L_y, delta, T, sigma_x_sq, sigma_y_sq)
+    _common("Theorem D", eta_x, eta_y, L_x, L_y, Delta, T, sigma_x_sq, sigma_y_sq)
     count("Theorem D", d=d, n=n)
     tested = inside(
         "Theorem D",
@@ -251,7 +251,7 @@ def theorem_d(
     )
     second_order = 6.4 * n * max(eta_x * L_x, eta_y * L_y)
     terms = {
-        "4 Delta/(n T)": 4 * delta / (n * T),
+        "4 Delta/(n T)": 4 * Delta / (n * T),
         "12.8 eta_x^2 L_x (d+1) sigma_x^2": 12.8 * eta_x**2 * L_x * (d + 1) * sigma_x_sq,
         "6.4 n gamma eta_x^2 L_x sigma_x^2": second_order * eta_x**2 * L_x * sigma_x_sq,
         "6.4 n gamma eta_y^2 L_y sigma_y^2": second_order * eta_y**2 * L_y * sigma_y_sq,
@@ -259,20 +259,21 @@ def theorem_d(
     return Bound("Theorem D", "mean over epoch starts of E[c_x |g_x|^2 + c_y |g_y|^2]", terms, (eta_x, eta_y), tested)
 
 
-def with_probability(bound: Bound, delta: float) -> Bound:
-    """Markov: with probability >= 1 - delta the average itself is below the bound of its expectation divided by delta."""
-    if not 0 < delta < 1:
-        raise UserError(f"a failure probability must lie in (0, 1), got {delta:.6g}")
-    terms = {name: value / delta for name, value in bound.terms.items()}
-    name = f"{bound.theorem}, probability {1 - delta:g}"
+def with_probability(bound: Bound, delta_probability: float) -> Bound:
+    """Markov: with probability >= 1 - delta_probability the average itself is below the bound of its expectation
+    divided by delta_probability."""
+    if not 0 < delta_probability < 1:
+        raise UserError(f"a failure probability must lie in (0, 1), got {delta_probability:.6g}")
+    terms = {name: value / delta_probability for name, value in bound.terms.items()}
+    name = f"{bound.theorem}, probability {1 - delta_probability:g}"
     return Bound(name, bound.quantity.replace("E[", "["), terms, bound.weights, bound.hypotheses, bound.constants)
 
 
 def _common(
-    where: str, eta_x: float, eta_y: float, L_x: float, L_y: float, delta: float, T: int, sx: float, sy: float
+    where: str, eta_x: float, eta_y: float, L_x: float, L_y: float, Delta: float, T: int, sx: float, sy: float
 ) -> None:
     # A zero rate freezes a block: the theorem then speaks of the other one.
-    gap(where, delta)
+    gap(where, Delta)
     nonnegative(where, eta_x=eta_x, eta_y=eta_y, sigma_x_sq=sx, sigma_y_sq=sy)
     positive(where, L_x=L_x, L_y=L_y, eta=eta_x + eta_y)
     count(where, T=T)

@@ -239,21 +239,24 @@ def flat_scale(deltas: ArrayLike, plus: ArrayLike, minus: ArrayLike, tolerance: 
     return float(delta[k - 1] * (delta[k] / delta[k - 1]) ** share), True
 
 
-def tail_limited(scale: float, g_sq: float, T: int, failure: float = 0.1, variance: float = 0.0, q: int = 1) -> Step:
-    """The step at which none of T steps moves further than `scale` along its direction, with probability 1 - failure.
+def tail_limited(
+    scale: float, g_sq: float, T: int, delta_probability: float = 0.1, variance: float = 0.0, q: int = 1
+) -> Step:
+    """The step at which none of T steps moves further than `scale` along its direction, with probability 1 - delta_probability.
 
     Args: scale: distance in units of u that may be trusted (`flat_scale`); g_sq: ‖g‖², the largest along the run; variance: σ²/b.
     Assumptions: independent gaussian slopes c ~ N(0, ‖g‖² + σ²/b), true given the point for gaussian u.
     Statement:   the step is η sqrt(Σ_k c_k²)/q long, so η = q scale/sqrt((‖g‖² + σ²/b) z) with z the quantile of chi²_q that is
-                 passed with probability 1 - (1 - failure)^(1/T). Never below scale/(‖g‖ sqrt(2 ln(2T/failure))) for q = 1.
+                 passed with probability 1 - (1 - delta_probability)^(1/T). Never below scale/(‖g‖ sqrt(2
+                 ln(2T/delta_probability))) for q = 1.
     Reference:   ours: the mean of a step does not see its tail, and a run that leaves the flat region does not come back.
     """
     positive("tail_limited", scale=scale, g_sq=g_sq)
     nonnegative("tail_limited", variance=variance)
     count("tail_limited", T=T, q=q)
-    if not 0 < failure < 1:
-        raise UserError(f"a failure probability must lie in (0, 1), got {failure:.6g}")
-    single = -math.expm1(math.log1p(-failure) / T)
+    if not 0 < delta_probability < 1:
+        raise UserError(f"a failure probability must lie in (0, 1), got {delta_probability:.6g}")
+    single = -math.expm1(math.log1p(-delta_probability) / T)
     z = float(chi2.isf(single, q))
     value = q * scale / math.sqrt((g_sq + variance) * z)
     return Step(
@@ -261,5 +264,5 @@ def tail_limited(scale: float, g_sq: float, T: int, failure: float = 0.1, varian
         "tail of a step",
         "q scale/(|g| sqrt(z)), z the chi2_q tail over T steps",
         "the flat scale and |g|",
-        note=f"for {T} steps with probability {1 - failure:g}, while |g| stays below {math.sqrt(g_sq):.4g}",
+        note=f"for {T} steps with probability {1 - delta_probability:g}, while |g| stays below {math.sqrt(g_sq):.4g}",
     )

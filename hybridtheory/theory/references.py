@@ -15,30 +15,30 @@ from hybridtheory.theory.checks import at_least, at_most, count, gap, inside, no
 from hybridtheory.theory.convergence import ROOM, Bound, gradient_radius
 
 
-def sgd(eta: float, L: float, delta: float, T: int, sigma_sq: float = 0.0) -> Bound:
+def sgd(eta: float, L: float, Delta: float, T: int, sigma_sq: float = 0.0) -> Bound:
     """(1/T) Σ E‖∇f‖² <= 2Δ/(ηT) + ηLσ² for η <= 1/L: textbook (Ghadimi & Lan 2013), re-derived; FO block alone."""
     positive("the SGD reference", eta=eta, L=L)
-    gap("the SGD reference", delta)
+    gap("the SGD reference", Delta)
     nonnegative("the SGD reference", sigma_sq=sigma_sq)
     count("the SGD reference", T=T)
     tested = inside("the SGD reference", [at_most("eta <= 1/L", eta, ROOM / L)], "lower eta")
-    terms = {"2 Delta/(eta T)": 2 * delta / (eta * T), "eta L sigma^2": eta * L * sigma_sq}
+    terms = {"2 Delta/(eta T)": 2 * Delta / (eta * T), "eta L sigma^2": eta * L * sigma_sq}
     return Bound("SGD", "mean over t of E|g|^2", terms, (0.0, 1.0), tested, "textbook")
 
 
-def random_reshuffling(gamma: float, L: float, n: int, delta: float, T: int, B_sq: float = 0.0) -> Bound:
+def random_reshuffling(gamma: float, L: float, n: int, Delta: float, T: int, B_sq: float = 0.0) -> Bound:
     """min_t E‖∇f‖² <= 12Δ/(γnT) + 2γ²L²nB² for γ <= 1/(2nL), T epochs, (1/n) Σ‖∇f_i‖² <= B² + ‖∇f‖².
 
     Reference: Mishchenko, Khaled & Richtárik 2020, Theorem 4 with A = 0 (from memory); first-order block alone.
     """
     positive("the reshuffling reference", gamma=gamma, L=L)
-    gap("the reshuffling reference", delta)
+    gap("the reshuffling reference", Delta)
     nonnegative("the reshuffling reference", B_sq=B_sq)
     count("the reshuffling reference", n=n, T=T)
     limit = ROOM / (2 * n * L)
     tested = inside("the reshuffling reference", [at_most("gamma <= 1/(2 n L)", gamma, limit)], "lower gamma")
     terms = {
-        "12 Delta/(gamma n T)": 12 * delta / (gamma * n * T),
+        "12 Delta/(gamma n T)": 12 * Delta / (gamma * n * T),
         "2 gamma^2 L^2 n B^2": 2 * gamma**2 * L**2 * n * B_sq,
     }
     return Bound("random reshuffling", "min over epochs of E|g|^2", terms, (0.0, 1.0), tested, "paper (from memory)")
@@ -70,39 +70,39 @@ class GeneralizedBound:
     bound: Bound
 
 
-def li_nonconvex(law: Callable[[float], float], eta: float, delta: float, T: int) -> GeneralizedBound:
+def li_nonconvex(law: Callable[[float], float], eta: float, Delta: float, T: int) -> GeneralizedBound:
     """Gradient descent, non-convex: with G from F = Δ, L = l(2G), η <= 1/L: ‖g_t‖ <= G and (1/T) Σ‖g‖² <= 2Δ/(ηT).
 
     Reference: Li et al. 2023, Theorem 5.2 (read; the constant 2 is the classical one).
     """
-    gap("Li et al. Theorem 5.2", delta)
-    positive("Li et al. Theorem 5.2", eta=eta, delta=delta)
+    gap("Li et al. Theorem 5.2", Delta)
+    positive("Li et al. Theorem 5.2", eta=eta, Delta=Delta)
     count("Li et al. Theorem 5.2", T=T)
-    G = gradient_radius(law, delta)
+    G = gradient_radius(law, Delta)
     L = law(2 * G)
     tested = inside(
         "Li et al. Theorem 5.2", [at_most("eta <= 1/l(2G)", eta, ROOM / L)], f"here G = {G:.4g}, l(2G) = {L:.4g}"
     )
     bound = Bound(
-        "Li et al. 5.2", "mean over t of |g|^2", {"2 Delta/(eta T)": 2 * delta / (eta * T)}, (0, 1), tested, "paper"
+        "Li et al. 5.2", "mean over t of |g|^2", {"2 Delta/(eta T)": 2 * Delta / (eta * T)}, (0, 1), tested, "paper"
     )
     return GeneralizedBound(G, L, bound)
 
 
 def li_sgd(
-    law: Callable[[float], float], eta: float, delta: float, sigma: float, T: int, eps: float, failure: float
+    law: Callable[[float], float], eta: float, Delta: float, sigma: float, T: int, eps: float, delta_probability: float
 ) -> GeneralizedBound:
-    """SGD with bounded variance: with probability >= 1 - failure all ‖g_t‖ <= G and (1/T) Σ‖g_t‖² <= ε².
+    """SGD with bounded variance: with probability >= 1 - delta_probability all ‖g_t‖ <= G and (1/T) Σ‖g_t‖² <= ε².
 
-    Assumptions: F = 8(Δ + σ)/failure, G from F, L = l(2G), η <= min{1/(2L), 1/(4G√T)}, T >= F/(η ε²).
+    Assumptions: F = 8(Δ + σ)/delta_probability, G from F, L = l(2G), η <= min{1/(2L), 1/(4G√T)}, T >= F/(η ε²).
     Reference:   Li et al. 2023, Theorem 5.3 (read). σ enters F as it stands there, although its units are those of a gradient.
     """
-    _failure(failure)
-    gap("Li et al. Theorem 5.3", delta)
-    positive("Li et al. Theorem 5.3", eta=eta, delta=delta, eps=eps)
+    _failure(delta_probability)
+    gap("Li et al. Theorem 5.3", Delta)
+    positive("Li et al. Theorem 5.3", eta=eta, Delta=Delta, eps=eps)
     nonnegative("Li et al. Theorem 5.3", sigma=sigma)
     count("Li et al. Theorem 5.3", T=T)
-    F = 8 * (delta + sigma) / failure
+    F = 8 * (Delta + sigma) / delta_probability
     G = gradient_radius(law, F)
     L = law(2 * G)
     tested = inside(
@@ -167,46 +167,55 @@ def fixed_subspace(k: int, L: float, distance_sq: float, T: int, mu: float = 0.0
 
 
 def steps_markov(
-    eps: float, failure: float, L_x: float, L_y: float, r: float, delta: float, sigma_x_sq: float, sigma_y_sq: float
+    eps: float,
+    delta_probability: float,
+    L_x: float,
+    L_y: float,
+    r: float,
+    Delta: float,
+    sigma_x_sq: float,
+    sigma_y_sq: float,
 ) -> float:
-    """Steps after which (1/T) Σ‖g‖² <= ε² with probability >= 1 - failure, from Theorem A0 and Markov's inequality.
+    """Steps after which (1/T) Σ‖g‖² <= ε² with probability >= 1 - delta_probability, from Theorem A0 and Markov's inequality.
 
     Statement: with Λ = max(L_x(r+2), L_y), N = σ_x²/(L_x(r+2)) + σ_y²/L_y and η_x = c/(L_x(r+2)), η_y = c/L_y,
-               c = min(1, failure ε²/(2NΛ)):  T = 4ΔΛ/(c failure ε²), that is failure^-1 ε^-2, then failure^-2 ε^-4.
-    Reference: ours. The hybrid paper claims T = O(ε^-2/failure + ε^-4/n) epochs, constants unknown.
+               c = min(1, delta_probability ε²/(2NΛ)):  T = 4ΔΛ/(c delta_probability ε²), that is delta_probability^-1
+               ε^-2, then delta_probability^-2 ε^-4.
+    Reference: ours. The hybrid paper claims T = O(ε^-2/delta_probability + ε^-4/n) epochs, constants unknown.
     """
-    _failure(failure)
-    positive("the sample complexity", eps=eps, L_x=L_x, L_y=L_y, delta=delta)
+    _failure(delta_probability)
+    positive("the sample complexity", eps=eps, L_x=L_x, L_y=L_y, Delta=Delta)
     nonnegative("the sample complexity", sigma_x_sq=sigma_x_sq, sigma_y_sq=sigma_y_sq, r=r)
     zo = L_x * (r + 2)
     worst = max(zo, L_y)
     noise = sigma_x_sq / zo + sigma_y_sq / L_y
-    target = failure * eps**2
+    target = delta_probability * eps**2
     c = min(1.0, target / (2 * noise * worst)) if noise > 0 else 1.0
-    return 4 * delta * worst / (c * target)
+    return 4 * Delta * worst / (c * target)
 
 
-def steps_li(eps: float, failure: float, law: Callable[[float], float], delta: float, sigma: float) -> float:
-    """Steps that Li et al.'s Theorem 5.3 asks for: max(2LF/ε², 16F²G²/ε⁴), F = 8(Δ+σ)/failure.
+def steps_li(eps: float, delta_probability: float, law: Callable[[float], float], Delta: float, sigma: float) -> float:
+    """Steps that Li et al.'s Theorem 5.3 asks for: max(2LF/ε², 16F²G²/ε⁴), F = 8(Δ+σ)/delta_probability.
 
-    Statement: the best η = min{1/(2L), 1/(4G√T)} put into T >= F/(η ε²). The price of confidence is failure^-3 where l is
-               constant (G² ~ F) and failure^-4 where it is affine (G ~ F), against failure^-2 of `steps_markov`.
+    Statement: the best η = min{1/(2L), 1/(4G√T)} put into T >= F/(η ε²). The price of confidence is delta_probability^-3 where l is
+               constant (G² ~ F) and delta_probability^-4 where it is affine (G ~ F), against delta_probability^-2 of `steps_markov`.
     Reference: Li et al. 2023, Theorem 5.3 (read); the exponents ours.
     """
-    _failure(failure)
-    positive("Li et al. Theorem 5.3", eps=eps, delta=delta)
+    _failure(delta_probability)
+    positive("Li et al. Theorem 5.3", eps=eps, Delta=Delta)
     nonnegative("Li et al. Theorem 5.3", sigma=sigma)
-    F = 8 * (delta + sigma) / failure
+    F = 8 * (Delta + sigma) / delta_probability
     G = gradient_radius(law, F)
     return max(2 * law(2 * G) * F / eps**2, 16 * F**2 * G**2 / eps**4)
 
 
-def failure_exponent(steps: Callable[[float], float], failure: float) -> float:
-    """-d log T/d log failure of a sample complexity, over a factor of 4 centred on `failure`: its price of confidence."""
-    _failure(2 * failure)
-    return math.log(steps(failure / 2) / steps(2 * failure)) / math.log(4)
+def failure_exponent(steps: Callable[[float], float], delta_probability: float) -> float:
+    """-d log T/d log delta_probability of a sample complexity, over a factor of 4 centred on `delta_probability`: its
+    price of confidence."""
+    _failure(2 * delta_probability)
+    return math.log(steps(delta_probability / 2) / steps(2 * delta_probability)) / math.log(4)
 
 
-def _failure(failure: float) -> None:
-    if not 0 < failure < 1:
-        raise UserError(f"a failure probability must lie in (0, 1), got {failure:.6g}")
+def _failure(delta_probability: float) -> None:
+    if not 0 < delta_probability < 1:
+        raise UserError(f"a failure probability must lie in (0, 1), got {delta_probability:.6g}")

@@ -170,22 +170,22 @@ def with_momentum(step: Step, momentum: float) -> Step:
     )
 
 
-def noise_limited(delta: float, T: float, L: float, sigma_sq: float, r: float | None, q: int = 1) -> Step:
+def noise_limited(Delta: float, T: float, L: float, sigma_sq: float, r: float | None, q: int = 1) -> Step:
     """sqrt(2Δ/(T L ((r+q+1)/q) σ²)) for a ZO block, sqrt(2Δ/(T L σ²)) for a first-order one (r = None).
 
     Args:
-        delta: f(w_0) - f* (or an upper bound), units of f.   T: steps.
+        Delta: f(w_0) - f* (or an upper bound), units of f.   T: steps.
         sigma_sq: variance of the step's minibatch gradient in this block (σ²/b for b rows), units of ‖g‖².
         r: effective rank tr(H_+)/L, or d for the worst case; None for a first-order block.
     Assumptions: those of Theorem A0.
     Statement:   minimises 2Δ/(ηT) + ηL((r+q+1)/q)σ², the part of A0's bound that survives T -> ∞.
     Reference:   ours, from Theorem A0. It binds when it is below the stability-limited step.
     """
-    positive("noise_limited", delta=delta, T=T, L=L, sigma_sq=sigma_sq)
+    positive("noise_limited", Delta=Delta, T=T, L=L, sigma_sq=sigma_sq)
     count("noise_limited", q=q)
     gamma = 1.0 if r is None else curvature_per_gradient(r, q)
     return Step(
-        math.sqrt(2 * delta / (T * L * gamma * sigma_sq)),
+        math.sqrt(2 * Delta / (T * L * gamma * sigma_sq)),
         "A0, noise-limited",
         "sqrt(2 Delta/(T L sigma^2))" if r is None else "sqrt(2 Delta/(T L ((r+q+1)/q) sigma^2))",
         "the upper end L" if r is None else "tr(H_+) and the upper end L",
