@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import re
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO
@@ -54,9 +55,14 @@ def check_free(folder: Path) -> None:
         raise UserError(f"{folder} is a file: give a folder as --out")
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no run: give an empty or new folder as --out")
-    parent = next(p for p in [folder, *folder.absolute().parents] if p.exists())
-    if not os.access(parent, os.W_OK):
-        raise UserError(f"{folder} cannot be created: no permission to write in {parent}")
+    parent = next(p for p in [folder.absolute(), *folder.absolute().parents] if p.exists())
+    try:  # asking by doing: permission bits say yes to root on file systems that say no
+        with tempfile.TemporaryDirectory(dir=parent):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be created in {parent} ({error.strerror or error}): give another --out"
+        ) from None
 
 
 def load(folder: Path | str) -> list[Record]:

@@ -36,19 +36,34 @@ class TimeLeft(ProgressColumn):
 
 
 class Bar:
-    """A progress bar over the estimated time; before there is an estimate it only says what is being done."""
+    """A progress bar over the estimated time; where output is not a terminal (a log file) one line for each phase instead."""
 
     def __init__(self, console: Console) -> None:
         columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(bar_width=24))
-        self._progress = Progress(*columns, TimeElapsedColumn(), TimeLeft(), console=console, transient=True)
-        self._task = self._progress.add_task("loading", total=None)
+        self._console = console
+        self._started = time.perf_counter()
+        self._phase = ""
+        live = console.is_terminal
+        self._progress = Progress(
+            *columns, TimeElapsedColumn(), TimeLeft(), console=console, transient=True, disable=not live
+        )
+        self._task = self._progress.add_task("starting", total=None)
 
     def phase(self, what: str, share: float) -> None:
-        self._progress.update(self._task, description=what, completed=share * (self._progress.tasks[0].total or 0.0))
+        total = self._progress.tasks[0].total
+        self._progress.update(self._task, description=what, completed=share * (total or 0.0))
+        if what != self._phase and not self._console.is_terminal:
+            elapsed = time.perf_counter() - self._started
+            self._console.print(
+                Text(
+                    f"[{seconds(elapsed)}] {what}"
+                    + (f" (about {seconds(total - elapsed)} left)" if total and total > elapsed else "")
+                )
+            )
+        self._phase = what
 
     def expect(self, cost: Cost) -> None:
-        elapsed = self._progress.tasks[0].elapsed or 0.0
-        self._progress.update(self._task, total=elapsed + cost.seconds)
+        self._progress.update(self._task, total=time.perf_counter() - self._started + cost.seconds)
 
     def __enter__(self) -> Bar:
         self._progress.start()
