@@ -61,7 +61,7 @@ def probe_smoothness(
             show_default="sentiment",
         ),
     ] = None,
-    rows: Annotated[int, option(WHAT, "Rows to measure on.")] = 16,
+    rows: Annotated[int, option(WHAT, "Rows to measure on.")] = 12,
     max_length: Annotated[
         int | None,
         option(WHAT, "Longest row in tokens; longer ones are cut, with a count.", show_default="256 or the context"),

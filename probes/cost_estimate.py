@@ -96,15 +96,20 @@ def estimate(probe: Probe, meter: Meter) -> Cost:
         held = memory.used(oracle.device)
     meter.unit = Unit(value, gradient, graph, product)
     vectors, steps = min(VECTORS, s.max_vectors), min(STEPS, s.max_steps)
-    per_group = {g.name: vectors + steps + 12 * (s.density_runs - 1) + 1 for g in groups}
+    per_group = {
+        g.name: vectors + steps + 12 * (s.density_runs - 1) + 1
+        if g.group == "base"
+        else max(s.max_vectors // 8, 8) + steps + 1
+        for g in groups
+    }
     inner_cost = sum((INNER_STEPS + 1) * product[g.name] * 0.5 for g in groups for b in inner if b.group == g.group)
     inner_count = (INNER_STEPS + 1) * len(inner)
     joint = (2 * PAIRS + MARGIN) if len(groups) == 2 else 0
     joint_seconds = (PAIRS + MARGIN) * sum(product.values()) if joint else 0.0
     few = max(s.directions // 3, 4)
     values = {
-        "base": s.directions * VALUES_PER_DIRECTION + s.directions // 2 * 2 * DELTAS,
-        "peft": max(few // 2, 2) * 2 * DELTAS + 8,
+        "base": s.directions * VALUES_PER_DIRECTION + max(s.directions // 3, 2) * 2 * DELTAS,
+        "peft": max(few // 3, 2) * 2 * DELTAS + 8,
     }
     point_values = sum(values[g.group] for g in groups)
     point_seconds = (

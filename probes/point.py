@@ -219,8 +219,9 @@ def _curvature(
 ) -> dict[str, BlockPoint]:
     """One group and the finer blocks inside it. Traces of all of them come from the same products."""
     parts = list(inner) or [group]
+    zeroth = group.group == "base"
     # No rule rests on an adapter's trace (its steps are first-order), and at B = 0 it is zero: no error bar would ever be small.
-    vectors = settings.max_vectors if group.group == "base" else max(settings.max_vectors // 4, 8)
+    vectors = settings.max_vectors if zeroth else max(settings.max_vectors // 8, 8)
     shares = np.array(hess.oracle.weights) / hess.oracle.total_weight
     traces = curvature.traces(hess, parts, settings.seed, tol=settings.trace_tol, max_vectors=vectors, index=index)
     if inner:
@@ -247,7 +248,7 @@ def _curvature(
                 failure=settings.failure,
                 bound=BOUND if whole and run == 0 else math.inf,
             )
-            for run in range(settings.density_runs if whole else 1)
+            for run in range(settings.density_runs if whole and zeroth else 1)
         ]
         if runs[0].warm is not None:
             ends[block.name] = runs[0].warm
@@ -332,7 +333,7 @@ def _finite(
     curved = abs(trace) + (settings.q + 1) * abs(point.gHg.value if point.gHg is not None else 0.0)
     zeroth = group.group == "base"
     few = settings.directions if zeroth else max(settings.directions // 3, 4)
-    with_phi = max(few // 2, 2)
+    with_phi = max(few // 3, 2)
     etas = (1.0 / curved) * 2.0 ** np.arange(-4, 4) if curved > 0 else np.array([])
     batch, share = _training_batch(oracle, settings.batch_size, rows)
     plus, minus, slopes, changes = [], [], [], []
