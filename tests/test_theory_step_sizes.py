@@ -368,6 +368,36 @@ def test_control_variate_pays_and_pairs_are_needed():
     assert width[0] > width[1]
 
 
+def test_errors_and_interval_are_those_of_the_stated_estimator():
+    """The standard error is the corrected sample's; the interval is a bootstrap of the regression, redone row by row here."""
+    etas, changes, c, g_sq, _, _ = quadratic_samples(40, seed=5)
+    unit = finite_scale(etas, changes, c, g_sq, control="unit")
+    corrected = changes + etas * (c**2 - g_sq)[:, None]
+    assert unit.stderr == pytest.approx(corrected.std(axis=0, ddof=1) / math.sqrt(40))
+    assert unit.change == pytest.approx(corrected.mean(axis=0))
+    fs = finite_scale(etas, changes, c, g_sq, 0.05 * g_sq, n_boot=25, confidence=0.8, seed=9)
+    rng = np.random.default_rng(9)
+    drawn = rng.multinomial(40, np.full(40, 1 / 40), size=25)
+    shift = rng.normal(0, 0.05 * g_sq, size=25)
+    best = []
+    for b in range(25):
+        rows = np.repeat(np.arange(40), drawn[b])
+        x = c[rows] ** 2 - g_sq
+        slope = np.polyfit(x, changes[rows], 1)[0]
+        curve = changes[rows].mean(0) - slope * (x.mean() - shift[b])
+        best.append(finite_scale(etas, np.tile(curve, (5, 1)), np.ones(5), 1.0, control="unit", n_boot=1).step.value)
+    assert fs.step.interval == pytest.approx(np.percentile(best, [10, 90]), rel=1e-6)
+    # Leave one out: sample 0's coefficient comes from the others.
+    others = np.polyfit(c[1:] ** 2, changes[1:], 1)[0]
+    means = [np.polyfit(np.delete(c, i) ** 2, np.delete(changes, i, 0), 1)[0] for i in range(40)]
+    assert np.allclose(means[0], others)
+    assert fs.coefficient == pytest.approx(-np.mean(means, axis=0) / etas)
+    fixed = changes - np.array(means) * (c**2 - g_sq)[:, None]
+    assert fs.change == pytest.approx(fixed.mean(0))
+    spread = fixed.var(axis=0, ddof=1) / 40 + (np.mean(means, axis=0) * 0.05 * g_sq) ** 2
+    assert fs.stderr == pytest.approx(np.sqrt(spread))
+
+
 def test_finite_scale_flags_the_grids_edges():
     etas = np.array([1e-3, 2e-3, 4e-3])
     c = np.ones(6)

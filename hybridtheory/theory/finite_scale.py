@@ -242,13 +242,13 @@ def flat_scale(deltas: ArrayLike, plus: ArrayLike, minus: ArrayLike, tolerance: 
 def tail_limited(
     scale: float, g_sq: float, T: int, delta_probability: float = 0.1, variance: float = 0.0, q: int = 1
 ) -> Step:
-    """The step at which none of T steps moves further than `scale` along its direction, with probability 1 - delta_probability.
+    """The step at which none of T steps moves further than `scale` along its direction, with probability 1 - δ.
 
     Args: scale: distance in units of u that may be trusted (`flat_scale`); g_sq: ‖g‖², the largest along the run; variance: σ²/b.
     Assumptions: independent gaussian slopes c ~ N(0, ‖g‖² + σ²/b), true given the point for gaussian u.
     Statement:   the step is η sqrt(Σ_k c_k²)/q long, so η = q scale/sqrt((‖g‖² + σ²/b) z) with z the quantile of chi²_q that is
-                 passed with probability 1 - (1 - delta_probability)^(1/T). Never below scale/(‖g‖ sqrt(2
-                 ln(2T/delta_probability))) for q = 1.
+                 passed with probability 1 - (1 - δ)^(1/T). Never below scale/(‖g‖ sqrt(2
+                 ln(2T/δ))) for q = 1.
     Reference:   ours: the mean of a step does not see its tail, and a run that leaves the flat region does not come back.
     """
     positive("tail_limited", scale=scale, g_sq=g_sq)

@@ -92,9 +92,9 @@ def li_nonconvex(law: Callable[[float], float], eta: float, Delta: float, T: int
 def li_sgd(
     law: Callable[[float], float], eta: float, Delta: float, sigma: float, T: int, eps: float, delta_probability: float
 ) -> GeneralizedBound:
-    """SGD with bounded variance: with probability >= 1 - delta_probability all ‖g_t‖ <= G and (1/T) Σ‖g_t‖² <= ε².
+    """SGD with bounded variance: with probability >= 1 - δ all ‖g_t‖ <= G and (1/T) Σ‖g_t‖² <= ε².
 
-    Assumptions: F = 8(Δ + σ)/delta_probability, G from F, L = l(2G), η <= min{1/(2L), 1/(4G√T)}, T >= F/(η ε²).
+    Assumptions: F = 8(Δ + σ)/δ, G from F, L = l(2G), η <= min{1/(2L), 1/(4G√T)}, T >= F/(η ε²).
     Reference:   Li et al. 2023, Theorem 5.3 (read). σ enters F as it stands there, although its units are those of a gradient.
     """
     _failure(delta_probability)
@@ -176,12 +176,12 @@ def steps_markov(
     sigma_x_sq: float,
     sigma_y_sq: float,
 ) -> float:
-    """Steps after which (1/T) Σ‖g‖² <= ε² with probability >= 1 - delta_probability, from Theorem A0 and Markov's inequality.
+    """Steps after which (1/T) Σ‖g‖² <= ε² with probability >= 1 - δ, from Theorem A0 and Markov's inequality.
 
     Statement: with Λ = max(L_x(r+2), L_y), N = σ_x²/(L_x(r+2)) + σ_y²/L_y and η_x = c/(L_x(r+2)), η_y = c/L_y,
-               c = min(1, delta_probability ε²/(2NΛ)):  T = 4ΔΛ/(c delta_probability ε²), that is delta_probability^-1
-               ε^-2, then delta_probability^-2 ε^-4.
-    Reference: ours. The hybrid paper claims T = O(ε^-2/delta_probability + ε^-4/n) epochs, constants unknown.
+               c = min(1, δ ε²/(2NΛ)):  T = 4ΔΛ/(c δ ε²), that is δ^-1
+               ε^-2, then δ^-2 ε^-4.
+    Reference: ours. The hybrid paper claims T = O(ε^-2/δ + ε^-4/n) epochs, constants unknown.
     """
     _failure(delta_probability)
     positive("the sample complexity", eps=eps, L_x=L_x, L_y=L_y, Delta=Delta)
@@ -195,10 +195,10 @@ def steps_markov(
 
 
 def steps_li(eps: float, delta_probability: float, law: Callable[[float], float], Delta: float, sigma: float) -> float:
-    """Steps that Li et al.'s Theorem 5.3 asks for: max(2LF/ε², 16F²G²/ε⁴), F = 8(Δ+σ)/delta_probability.
+    """Steps that Li et al.'s Theorem 5.3 asks for: max(2LF/ε², 16F²G²/ε⁴), F = 8(Δ+σ)/δ.
 
-    Statement: the best η = min{1/(2L), 1/(4G√T)} put into T >= F/(η ε²). The price of confidence is delta_probability^-3 where l is
-               constant (G² ~ F) and delta_probability^-4 where it is affine (G ~ F), against delta_probability^-2 of `steps_markov`.
+    Statement: the best η = min{1/(2L), 1/(4G√T)} put into T >= F/(η ε²). The price of confidence is δ^-3 where l is
+               constant (G² ~ F) and δ^-4 where it is affine (G ~ F), against δ^-2 of `steps_markov`.
     Reference: Li et al. 2023, Theorem 5.3 (read); the exponents ours.
     """
     _failure(delta_probability)
@@ -210,7 +210,7 @@ def steps_li(eps: float, delta_probability: float, law: Callable[[float], float]
 
 
 def failure_exponent(steps: Callable[[float], float], delta_probability: float) -> float:
-    """-d log T/d log delta_probability of a sample complexity, over a factor of 4 centred on `delta_probability`: its
+    """-d log T/d log δ of a sample complexity, over a factor of 4 centred on `delta_probability`: its
     price of confidence."""
     _failure(2 * delta_probability)
     return math.log(steps(delta_probability / 2) / steps(2 * delta_probability)) / math.log(4)
