@@ -1,0 +1,94 @@
+"""What every probe starts from: a task cut into blocks with an oracle on its rows, and the header of its records."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+
+from hybridtheory.blocks import Block, partition
+from hybridtheory.oracle import Oracle
+from probes.given import Given
+from probes.records import BlockInfo, DataInfo, Header, ModelInfo, PeftInfo
+from probes.tasks import Task
+
+
+class Common(Protocol):
+    """Settings that every probe has."""
+
+    @property
+    def blocks(self) -> str: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def micro_batch(self) -> int | None: ...
+    @property
+    def curvature(self) -> str: ...
+    @property
+    def max_memory(self) -> int | None: ...
+
+
+S = TypeVar("S", bound=Common)
+
+
+@dataclass
+class Probe(Generic[S]):
+    """A task with its blocks and oracle: what every part of the run works on."""
+
+    task: Task | Given
+    settings: S
+    groups: list[Block]
+    blocks: list[Block]
+    oracle: Oracle
+    rows: int
+
+    @classmethod
+    def of(cls, task: Task | Given, settings: S) -> Probe[S]:
+        groups = partition(task.model, "group", task.is_peft, task.base, task.peft_info)
+        finer = partition(task.model, settings.blocks, task.is_peft, task.base, task.peft_info)
+        rows = len(task.rows)
+        # Four micro-batches at least: the noise and the jackknife over rows are read off their differences.
+        size = settings.micro_batch or max(rows // 4, 1)
+        oracle = Oracle(
+            task.model, task.objective, task.batches(size), groups, settings.curvature, memory_limit=settings.max_memory
+        )
+        return cls(task, settings, groups, finer, oracle, rows)
+
+    @property
+    def all_blocks(self) -> list[Block]:
+        """Groups first, then the finer blocks that are not themselves groups."""
+        names = {g.name for g in self.groups}
+        return [*self.groups, *(b for b in self.blocks if b.name not in names)]
+
+
+def header(probe: Probe[Any], name: str, origin: dict[str, Any]) -> Header:
+    """The first record of the probe called ``name``."""
+    task, info = probe.task, dict(probe.task.info)
+    parameters = sum(b.numel for b in probe.groups)
+    dtype = str(probe.groups[0].tensors[0].dtype).removeprefix("torch.")
+    peft = None
+    if task.peft_info:
+        p = task.peft_info
+        named = {k: p.get(k) for k in ("type", "rank", "alpha", "scale", "init")}
+        peft = PeftInfo(
+            type=str(named["type"]), rank=named["rank"], alpha=named["alpha"], scale=named["scale"], init=str(named["init"] or ""),
+            info={k: v for k, v in p.items() if k not in named},
+        )  # fmt: skip
+    return Header(
+        probe=name,
+        seed=probe.settings.seed,
+        model=ModelInfo(
+            name=str(info.pop("model")), sha256=str(info.pop("model_sha256")), parameters=parameters,
+            architecture=type(task.model).__name__, dtype=dtype,
+        ),
+        data=DataInfo(
+            name=str(info.pop("data")), sha256=str(info.pop("data_sha256")), rows=probe.rows, tokens=probe.oracle.total_weight,
+            truncated=int(info.pop("truncated", 0)), loss=str(info.pop("loss", "")), info=info,
+        ),
+        blocks=[BlockInfo(b.name, b.group, b.numel, {"tied": b.tied, **b.info} if b.tied else b.info) for b in probe.all_blocks],
+        peft=peft,
+        options=asdict(probe.settings),
+        threads=torch.get_num_threads(),
+        **origin,
+    )  # fmt: skip
