@@ -22,7 +22,7 @@ from hybridtheory.blocks import Block, split
 from hybridtheory.errors import UserError
 from hybridtheory.estimate import Estimate
 from hybridtheory.oracle import Products
-from hybridtheory.vectors import Tensors, add_, dot, norm, scale, scale_
+from hybridtheory.vectors import Tensors, add_, clone, dot, norm, scale_
 
 Matvec = Callable[[Tensors], Tensors]
 
@@ -92,13 +92,17 @@ def lanczos(
     """Both ends of the spectrum of a symmetric map, until each end in ``ends`` is resolved to the relative error ``tol`` and the
     one-sided bounds (each holds with probability 1 - 2 ``failure``) lie within ``bound`` spreads of the Ritz values.
 
-    The error of a Ritz value is estimated as min(r, r²/gap) from its residual r and its distance to the next Ritz value. Without a kept
+    The error of a Ritz value is estimated as min(r, r²/gap) from its residual r and the gap to its neighbour, and must be small twice
+    in a row (docs/log.md has what simpler rules miss). Without a kept
     basis the vectors lose orthogonality and converged values reappear as copies: ends stay right, copies only waste steps.
+    ``start`` is overwritten: on a large model every vector counts.
     """
     d = sum(t.numel() for t in start)
     steps_allowed = min(max_steps, d)
     keep = d * steps_allowed <= BASIS_ELEMENTS if basis is None else basis
-    q = scale(start, 1 / norm(start))
+    shapes = [t.shape for t in start]
+    q = scale_(start, 1 / norm(start))
+    del start
     previous: Tensors | None = None
     stored: list[torch.Tensor] = (
         [torch.empty(steps_allowed, t.numel(), dtype=t.dtype, device=t.device) for t in q] if keep else []
@@ -165,7 +169,7 @@ def lanczos(
     if stored:
         combo = s[:, -1] / np.linalg.norm(s[:, -1]) + s[:, 0] / np.linalg.norm(s[:, 0])
         coefficients = torch.as_tensor(combo / np.linalg.norm(combo))
-        warm = [(coefficients.to(r) @ r[: k + 1]).view_as(t) for r, t in zip(stored, start, strict=True)]
+        warm = [(coefficients.to(r) @ r[: k + 1]).view(shape) for r, shape in zip(stored, shapes, strict=True)]
     ends_found = end_estimate(-1, "max"), end_estimate(0, "min")
     return Lanczos(theta, s[0] ** 2, *ends_found, np.array(alphas), np.array(betas[: len(alphas) - 1]), warm)
 
@@ -183,11 +187,16 @@ def _tridiagonal(alphas: Sequence[float], betas: Sequence[float]) -> tuple[np.nd
 
 
 def _error(theta: np.ndarray, residuals: np.ndarray, end: int) -> float:
-    """min(r, r²/gap) for the Ritz value at one end; copies of it (lost orthogonality) do not count as neighbours."""
+    """min(r, r²/gap) for the Ritz value at one end. The gap is to the neighbour, less the neighbour's own residual: it too is still
+    on its way outwards. Copies of the value (lost orthogonality) are no neighbours."""
     r = float(residuals[end])
-    others = np.abs(theta - theta[end])
-    others = others[others > max(1e-6 * np.abs(theta).max(), 2 * r)]
-    return r if len(others) == 0 else min(r, r * r / float(others.min()))
+    distance = np.abs(theta - theta[end])
+    others = np.flatnonzero(distance > 1e-5 * np.abs(theta).max())
+    if len(others) == 0:
+        return r
+    nearest = others[np.argmin(distance[others])]
+    gap = float(distance[nearest] - residuals[nearest])
+    return r * r / gap if gap > r else r
 
 
 def _orthogonalise(w: Tensors, stored: list[torch.Tensor], k: int) -> None:
@@ -209,7 +218,7 @@ def spectrum(
     """Lanczos on one diagonal block H_bb from a random start, mixed with the last point's end vectors where they are given."""
     start = streams.gaussian(block, seed, "lanczos", index)
     if warm is not None:
-        start = add_(scale(start, 1 / norm(start)), warm, 1 / norm(warm))
+        start = add_(scale_(start, 1 / norm(start)), warm, 1 / norm(warm))
     return lanczos(lambda v: hess(v, block), start, mixed=warm is not None, **options)
 
 
@@ -229,7 +238,7 @@ def traces(
     tol: float = 0.1,
     pilot: int = 8,
     max_vectors: int = 128,
-    chunk: int = 4,
+    chunk: int | None = None,
     index: int = 0,
 ) -> dict[str, Traces]:
     """Hutchinson's trace of every block out of shared products: z_b'(Hz)_b with Rademacher z over all ``blocks``.
@@ -242,6 +251,9 @@ def traces(
     samples: dict[str, list[list[float]]] = {b.name: [] for b in blocks}
     squares: dict[str, list[float]] = {b.name: [] for b in blocks}
     count = 0
+    # Vectors that go through one graph together: as many as fit in half a gigabyte, each with its product.
+    size_of_one = sum(t.numel() * t.element_size() for b in blocks for t in b.tensors)
+    chunk = chunk or max(1, min(8, (1 << 28) // max(size_of_one, 1)))
 
     def draw(until: int) -> None:
         nonlocal count
@@ -269,7 +281,8 @@ def traces(
         mean = abs(values.mean())
         # The pilot's own mean may be near zero by chance: what it can at least be told from is its standard error.
         target = tol * max(mean, values.std(ddof=1) / math.sqrt(len(values)), 1e-300)
-        wanted = max(wanted, math.ceil((values.std(ddof=1) / target) ** 2))
+        # A fifth more than the pilot asks for: its own spread is uncertain by that much.
+        wanted = max(wanted, math.ceil(1.2 * (values.std(ddof=1) / target) ** 2))
     draw(min(wanted, max_vectors))
     result = {}
     for b in blocks:
@@ -362,9 +375,9 @@ def margin(hess: Products, limits: dict[str, float], seed: int, index: int = 0, 
         raise UserError(f"the joint margin needs a positive L for every block, and it is not for {', '.join(bad)}")
 
     def root(v: Tensors) -> Tensors:
-        return [
-            t for b, part in zip(blocks, split(v, blocks), strict=True) for t in scale(part, limits[b.name] ** -0.5)
-        ]
+        for b, part in zip(blocks, split(v, blocks), strict=True):
+            scale_(part, limits[b.name] ** -0.5)
+        return v
 
     start = [t for b in blocks for t in streams.gaussian(b, seed, "margin", index)]
-    return lanczos(lambda v: root(hess(root(v))), start, **options)
+    return lanczos(lambda v: root(hess(root(clone(v)))), start, **options)

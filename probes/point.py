@@ -84,7 +84,6 @@ class Measured:
     """A point's record with what is kept in memory for the steps after it."""
 
     record: Point
-    gradients: dict[str, Tensors]  # per group
     warm: dict[str, Tensors] = field(default_factory=dict)
 
 
@@ -145,16 +144,18 @@ def measure(
         raise UserError(
             f"the loss is {pass_.loss} at step {step}: nothing can be measured there; check data, dtype and rates"
         )
-    gradients = {b.name: g for b, g in zip(groups, pass_.gradients, strict=True)}
-    norm_sq = {name: dot(g, g) for name, g in gradients.items()}
     noise = {b.name: e for b, e in zip(groups, pass_.noise, strict=True)}
     made: dict[str, BlockPoint] = {}
     ends: dict[str, Tensors] = {}
     coupling = margin = None
     with oracle.products(*groups) as hess:
+        along = _along_gradient(hess, groups, finer, pass_.gradients)
+        # Only the adapters' gradients are needed again; the base's is as large as the model.
+        gradients = {b.name: g for b, g in zip(groups, pass_.gradients, strict=True) if b.group != "base"}
+        pass_.gradients.clear()
         for group in groups:
             inner = [b for b in finer if b.group == group.group]
-            made |= _curvature(hess, group, inner, gradients[group.name], settings, index, warm or {}, ends)
+            made |= _curvature(hess, group, inner, along, settings, index, warm or {}, ends)
             made[group.name] = replace(made[group.name], noise=noise[group.name])
         if len(groups) == 2:
             coupling = curvature.coupling(
@@ -180,8 +181,11 @@ def measure(
                 margin = run.lam_max
     scales: dict[str, Any] = {"phi": {}, "finite_scale": {}}
     for group in groups:
-        phi, finite = _finite(oracle, group, made[group.name], pass_.loss, gradients[group.name], settings, rows, index)
-        scales["phi"][group.name] = phi
+        phi, finite = _finite(
+            oracle, group, made[group.name], pass_.loss, gradients.get(group.name, []), settings, rows, index
+        )
+        if phi is not None:
+            scales["phi"][group.name] = phi
         if finite is not None:
             scales["finite_scale"][group.name] = finite
         if phi is not None and settings.mu in phi.delta:
@@ -197,21 +201,21 @@ def measure(
         index=index,
         step=step,
         loss=pass_.loss,
-        grad_norm=math.sqrt(sum(norm_sq.values())),
+        grad_norm=math.sqrt(sum(along[g.name][0] ** 2 for g in groups)),
         blocks=made,
         coupling=coupling,
         margin=margin,
         seconds=time.perf_counter() - started,
         **scales,
     )
-    return Measured(record, gradients, ends)
+    return Measured(record, ends)
 
 
 def _curvature(
     hess: Products,
     group: Block,
     inner: Sequence[Block],
-    gradient: Tensors,
+    along: dict[str, tuple[float, float]],
     settings: Settings,
     index: int,
     warm: dict[str, Tensors],
@@ -253,9 +257,6 @@ def _curvature(
         if runs[0].warm is not None:
             ends[block.name] = runs[0].warm
         mixed = not whole and block.name in warm
-        g = gradient if whole else _part(gradient, group, block)
-        size = dot(g, g)
-        curved = dot(g, hess(g, block)) / size if size else math.nan
         own = trace if whole else traces[block.name].trace
         plus = None if mixed else _trace_plus(runs, own, block.numel)
         rank = None
@@ -263,7 +264,7 @@ def _curvature(
             top = runs[0].lam_max.value
             rank = replace(plus, value=plus.value / top, stderr=None if plus.stderr is None else plus.stderr / top)
         made[block.name] = BlockPoint(
-            grad_norm=math.sqrt(size),
+            grad_norm=along[block.name][0],
             lam_max=runs[0].lam_max,
             lam_min=runs[0].lam_min,
             trace=own,
@@ -271,15 +272,23 @@ def _curvature(
             trace_sq=trace_sq if whole else None,
             effective_rank=rank,
             density=None if mixed else _density(runs),
-            gHg=Estimate(curved, n=1, resolved=math.isfinite(curved)),
+            gHg=Estimate(along[block.name][1], n=1, resolved=math.isfinite(along[block.name][1])),
             rows_stderr=_jackknife(forms if whole else traces[block.name].forms, shares),
         )
     return made
 
 
-def _part(gradient: Tensors, group: Block, block: Block) -> Tensors:
-    by_name = dict(zip(group.names, gradient, strict=True))
-    return [by_name[n] for n in block.names]
+def _along_gradient(
+    hess: Products, groups: Sequence[Block], finer: Sequence[Block], gradients: Sequence[Tensors]
+) -> dict[str, tuple[float, float]]:
+    """Per block: |g| and g'Hg/|g|^2 of its own part of the gradient (nan where that is zero)."""
+    by_name = {n: t for b, g in zip(groups, gradients, strict=True) for n, t in zip(b.names, g, strict=True)}
+    found = {}
+    for block in (*groups, *finer):
+        g = [by_name[n] for n in block.names]
+        size = dot(g, g)
+        found[block.name] = (math.sqrt(size), dot(g, hess(g, block)) / size if size else math.nan)
+    return found
 
 
 def _trace_plus(runs: Sequence[curvature.Lanczos], trace: Estimate, d: int) -> Estimate:

@@ -10,17 +10,15 @@ takes the same steps again (they are cheap) and skips what was measured. The wei
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hybridtheory.blocks import Block, partition
+from hybridtheory.blocks import Block
 from hybridtheory.errors import UserError
 from hybridtheory.optimizers import Hybrid
-from hybridtheory.oracle import Oracle
 from hybridtheory.preflight import preflight
 from hybridtheory.vectors import Tensors, add_, clone, norm
 from probes import rates
@@ -30,12 +28,7 @@ from probes.given import Given, evaluating, given
 from probes.point import Settings, measure
 from probes.provenance import provenance
 from probes.records import (
-    BlockInfo,
-    DataInfo,
     End,
-    Header,
-    ModelInfo,
-    PeftInfo,
     Point,
     Preflight,
     PreflightCheck,
@@ -45,39 +38,12 @@ from probes.records import (
     Warning,
 )
 from probes.report import Report
+from probes.setup import Probe as Setup
+from probes.setup import header
 from probes.tasks import Task
 
+Probe = Setup[Settings]
 Progress = Callable[[str, float], None]  # (what is being done, share of the estimated work that is behind us)
-
-
-@dataclass
-class Probe:
-    """A task with its blocks and oracle: what every part of the run works on."""
-
-    task: Task | Given
-    settings: Settings
-    groups: list[Block]
-    blocks: list[Block]
-    oracle: Oracle
-    rows: int
-
-    @classmethod
-    def of(cls, task: Task | Given, settings: Settings) -> Probe:
-        groups = partition(task.model, "group", task.is_peft, task.base, task.peft_info)
-        finer = partition(task.model, settings.blocks, task.is_peft, task.base, task.peft_info)
-        rows = len(task.rows)
-        # Four micro-batches at least: the noise and the jackknife over rows are read off their differences.
-        size = settings.micro_batch or max(rows // 4, 1)
-        oracle = Oracle(
-            task.model, task.objective, task.batches(size), groups, settings.curvature, memory_limit=settings.max_memory
-        )
-        return cls(task, settings, groups, finer, oracle, rows)
-
-    @property
-    def all_blocks(self) -> list[Block]:
-        """Groups first, then the finer blocks that are not themselves groups."""
-        names = {g.name for g in self.groups}
-        return [*self.groups, *(b for b in self.blocks if b.name not in names)]
 
 
 def run(
@@ -87,12 +53,16 @@ def run(
     progress: Progress | None = None,
     origin: dict[str, Any] | None = None,
     dry: bool = False,
+    restore: bool = True,
 ) -> Iterator[Record]:
-    """Measure, record by record. ``done``: records of the run that is resumed. ``dry``: stop after preflight and cost estimate."""
+    """Measure, record by record. ``done``: records of the run that is resumed. ``dry``: stop after preflight and cost estimate.
+
+    ``restore`` False leaves the weights where the reference run ends, and saves a copy of them, for a caller that loaded them itself.
+    """
     probe = Probe.of(task, settings)
     meter = Meter(probe.oracle, progress)
-    yield _header(probe, origin or {})
-    with _restored(probe.groups):
+    yield header(probe, "smoothness", origin or {})
+    with _restored(probe.groups) if restore else nullcontext():
         yield from _warnings(task)
         yield from _preflight(probe, meter)
         expected = estimate(probe, meter)
@@ -131,6 +101,7 @@ def _trajectory(probe: Probe, meter: Meter, done: Sequence[Record]) -> Iterator[
     for step in range(s.run_steps + 1):
         if step in at_points:
             index = at_points.index(step)
+            last = None  # two copies of the weights: a large model needs the room for its graph
             if index in have_points:
                 record = have_points[index]
             else:
@@ -344,37 +315,6 @@ def _restored(blocks: Sequence[Block]) -> Iterator[None]:
         for t, (data, grad, flag) in zip(tensors, kept, strict=True):
             t.data, t.grad = data, grad
             t.requires_grad_(flag)
-
-
-def _header(probe: Probe, origin: dict[str, Any]) -> Header:
-    task, info = probe.task, dict(probe.task.info)
-    parameters = sum(b.numel for b in probe.groups)
-    dtype = str(probe.groups[0].tensors[0].dtype).removeprefix("torch.")
-    peft = None
-    if task.peft_info:
-        p = task.peft_info
-        named = {k: p.get(k) for k in ("type", "rank", "alpha", "scale", "init")}
-        peft = PeftInfo(
-            type=str(named["type"]), rank=named["rank"], alpha=named["alpha"], scale=named["scale"], init=str(named["init"] or ""),
-            info={k: v for k, v in p.items() if k not in named},
-        )  # fmt: skip
-    return Header(
-        probe="smoothness",
-        seed=probe.settings.seed,
-        model=ModelInfo(
-            name=str(info.pop("model")), sha256=str(info.pop("model_sha256")), parameters=parameters,
-            architecture=type(task.model).__name__, dtype=dtype,
-        ),
-        data=DataInfo(
-            name=str(info.pop("data")), sha256=str(info.pop("data_sha256")), rows=probe.rows, tokens=probe.oracle.total_weight,
-            truncated=int(info.pop("truncated", 0)), loss=str(info.pop("loss", "")), info=info,
-        ),
-        blocks=[BlockInfo(b.name, b.group, b.numel, {"tied": b.tied, **b.info} if b.tied else b.info) for b in probe.all_blocks],
-        peft=peft,
-        options=asdict(probe.settings),
-        threads=torch.get_num_threads(),
-        **origin,
-    )  # fmt: skip
 
 
 def probe_smoothness(
