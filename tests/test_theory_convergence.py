@@ -282,8 +282,11 @@ def test_step_ranges_end_where_the_theorem_says(name):
 
 
 def test_reference_bounds_term_by_term():
-    assert list(rf.sgd(0.1, 3.0, 5.0, 7, 11.0).terms.values()) == pytest.approx([10 / 0.7, 3.3])
+    b = rf.sgd(0.1, 3.0, 5.0, 7, 11.0)
+    assert b.weights == (0.0, 1.0)
+    assert list(b.terms.values()) == pytest.approx([10 / 0.7, 3.3])
     b = rf.random_reshuffling(0.01, 3.0, 5, 7.0, 11, 13.0)
+    assert b.weights == (0.0, 1.0)
     assert list(b.terms.values()) == pytest.approx([84 / 0.55, 2e-4 * 9 * 5 * 13])
     assert rf.li_convex(lambda u: 2.0, 1.0, 0.1, 3.0, 5).value == pytest.approx(3.0)
     g = rf.li_nonconvex(lambda u: 2 + u, 0.01, 1.0, 9)
@@ -306,6 +309,11 @@ def test_li_sgd_checks_its_three_conditions():
     rf.li_sgd(lambda u: 400.0, 1 / 800, 0.5, 0.5, 2, 1e3, 0.5)  # here 1/(4 G sqrt(T)) = 1/640
     with pytest.raises(UserError, match="2 l"):
         rf.li_sgd(lambda u: 400.0, 1.001 / 800, 0.5, 0.5, 2, 1e3, 0.5)
+    affine = rf.li_sgd(lambda u: 2 + u, 1e-6, 0.5, 0.5, 100, 1e3, 0.5)
+    assert affine.gradient == pytest.approx(32 + math.sqrt(32**2 + 4 * 16), rel=1e-9)
+    assert affine.L == pytest.approx(2 + 2 * affine.gradient, rel=1e-9)
+    assert affine.bound.weights == (0, 1)
+    assert rf.li_nonconvex(lambda u: 2.0, 0.01, 1.0, 9).bound.weights == (0, 1)
     T = math.ceil(max(2 * 2 * F / eps**2, 16 * F**2 * G**2 / eps**4))
     assert rf.steps_li(eps, 0.5, lambda u: 2.0, 0.5, 0.5) == pytest.approx(16 * F**2 * G**2 / eps**4)
     rf.li_sgd(lambda u: 2.0, 1 / (4 * G * math.sqrt(T)), 0.5, 0.5, T, eps, 0.5)
@@ -368,6 +376,7 @@ def test_sample_complexity_and_its_price_of_confidence():
         (lambda: cv.theorem_c(0.1, 0.1, lambda u: 1.0, lambda u: 1.0, 3, -1.0, 5), "Delta >= 0"),
         (lambda: cv.theorem_c(0.1, 0.1, lambda u: 1.0, lambda u: 1.0, 3, 0.0, 5), "Delta > 0"),
         (lambda: cv.with_probability(cv.theorem_a0(0.01, 0.1, 1.0, 1.0, 3, 1.0, 5), 0.0), "failure probability"),
+        (lambda: cv.with_probability(cv.theorem_a0(0.01, 0.1, 1.0, 1.0, 3, 1.0, 5), 1.0), "failure probability"),
         (lambda: rf.steps_li(0.1, 1.5, lambda u: 1.0, 1.0, 1.0), "failure probability"),
         (lambda: rf.sgd(0.1, -1.0, 1.0, 5), "L > 0"),
         (lambda: rf.sgd(0.1, 1.0, math.nan, 5), "Delta = f"),

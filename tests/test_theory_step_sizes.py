@@ -8,7 +8,7 @@ import pytest
 
 from hybridtheory.errors import UserError
 from hybridtheory.theory import step_sizes as ss
-from hybridtheory.theory.checks import at_most, check_bound, check_prediction, inside
+from hybridtheory.theory.checks import OutsideTheorem, at_most, check_bound, check_prediction, inside
 from hybridtheory.theory.finite_scale import finite_scale, flat_scale, phi_trace, tail_limited
 from hybridtheory.theory.generalized import gorbunov_step, vankov_decrease, vankov_step, zhang_step
 from hybridtheory.theory.recommend import Curvature, block_rules, capped, envelope, recommend_base, recommend_peft
@@ -514,5 +514,6 @@ def test_checks_grant_standard_errors_and_carry_hypotheses():
     assert c.holds
     assert not c.hypotheses_hold
     assert c.to_dict()["hypotheses"][0] == {"name": "eta <= 1/L", "value": 2.0, "limit": 1.0, "holds": False}
-    with pytest.raises(UserError, match="got 2, limit 1"):
-        inside("Theorem", [failed], "lower eta")
+    with pytest.raises(OutsideTheorem, match="got 2, limit 1") as refused:
+        inside("Theorem", [at_most("fine", 0.0, 1.0), failed], "lower eta")
+    assert [h.holds for h in refused.value.hypotheses] == [True, False]

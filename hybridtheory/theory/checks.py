@@ -138,10 +138,18 @@ def count(where: str, **values: int) -> None:
             raise UserError(f"{where} needs a whole number {name} >= 1, got {name} = {value}")
 
 
+class OutsideTheorem(UserError):
+    """A theorem's hypotheses fail; `hypotheses` holds all that were tested, so that a report can say which and by how much."""
+
+    def __init__(self, message: str, hypotheses: tuple[Hypothesis, ...]) -> None:
+        super().__init__(message)
+        self.hypotheses = hypotheses
+
+
 def inside(where: str, hypotheses: Iterable[Hypothesis], remedy: str) -> tuple[Hypothesis, ...]:
     """The hypotheses, or a refusal that lists those which fail with what was needed and what came."""
     tested = tuple(hypotheses)
     failed = [f"{h.name} (got {h.value:.6g}, limit {h.limit:.6g})" for h in tested if not h.holds]
     if failed:
-        raise UserError(f"{where} does not apply: {'; '.join(failed)}: {remedy}")
+        raise OutsideTheorem(f"{where} does not apply: {'; '.join(failed)}: {remedy}", tested)
     return tested

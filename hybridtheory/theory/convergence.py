@@ -275,5 +275,5 @@ def _common(
     # A zero rate freezes a block: the theorem then speaks of the other one.
     gap(where, Delta)
     nonnegative(where, eta_x=eta_x, eta_y=eta_y, sigma_x_sq=sx, sigma_y_sq=sy)
-    positive(where, L_x=L_x, L_y=L_y, eta=eta_x + eta_y)
+    positive(where, L_x=L_x, L_y=L_y, eta=max(eta_x, eta_y))
     count(where, T=T)

@@ -25,7 +25,7 @@ class Layers:
     activations: Sequence[float]
 
     def __post_init__(self) -> None:
-        if not len(self.base) == len(self.peft) == len(self.activations) >= 1:
+        if not self.base or not len(self.base) == len(self.peft) == len(self.activations):
             sizes = (len(self.base), len(self.peft), len(self.activations))
             raise UserError(f"the layer lists must have one length >= 1, got {sizes}")
         for name, values in (("base", self.base), ("peft", self.peft), ("activations", self.activations)):
