@@ -158,7 +158,7 @@ def test_a_trace_that_is_zero_is_not_resolved() -> None:
 
 
 def test_coupling_and_margin_against_the_dense_hessian() -> None:
-    oracle, (base, peft) = language_oracle()
+    oracle, (base, peft) = language_oracle(layers=1, width=8)
     with oracle.products() as hess:
         cross = dense(hess, [peft], [base])
         whole = torch.cat([dense(hess, [base], [base, peft]), dense(hess, [peft], [base, peft])], dim=1)

@@ -49,12 +49,14 @@ class Classify:
         return float(len(batch["x"]))
 
 
-def language_model(kind: str = "gpt2", dtype: torch.dtype = torch.float64) -> nn.Module:
+def language_model(
+    kind: str = "gpt2", dtype: torch.dtype = torch.float64, layers: int = 2, width: int = 16
+) -> nn.Module:
     small: dict[str, Any] = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
     with torch.random.fork_rng():
         torch.manual_seed(0)
         if kind == "gpt2":
-            model: Any = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=16, n_head=2, n_positions=16, **small))
+            model: Any = GPT2LMHeadModel(GPT2Config(n_layer=layers, n_embd=width, n_head=2, n_positions=16, **small))
         elif kind == "llama":
             sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
             model = LlamaForCausalLM(LlamaConfig(max_position_embeddings=16, **sizes, **small))
@@ -96,10 +98,16 @@ def tokens(rows: int = 5, length: int = 8, ragged: bool = False) -> dict[str, Te
 
 
 def language_oracle(
-    by: str = "group", rows: int | None = None, ragged: bool = False, dtype: torch.dtype = torch.float64, **options: Any
+    by: str = "group",
+    rows: int | None = None,
+    ragged: bool = False,
+    dtype: torch.dtype = torch.float64,
+    layers: int = 2,
+    width: int = 16,
+    **options: Any,
 ) -> tuple[Oracle, list[Block]]:
     """A tiny GPT-2 with LoRA; ``rows``: rows of a micro-batch."""
-    model = with_lora(language_model("gpt2", dtype))
+    model = with_lora(language_model("gpt2", dtype, layers, width))
     blocks = partition(model, by, is_lora)
     batch = tokens(ragged=ragged)
     return Oracle(model, NextToken(), microbatches(batch, rows or 5), blocks, **options), blocks
