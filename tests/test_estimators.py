@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -275,6 +276,8 @@ def test_hooks_find_the_weights_they_do_not_reach():
             assert float(f()) == first
         redrawn = Perturbation(net, block, share=False)
         assert float(redrawn.value(f, law, key, 0.1)) == first
+        with pytest.raises(RuntimeError, match="already in effect"), plan.at(law, key, 0.1), plan.at(law, key, 0.1):
+            pass
     with torch.no_grad(), pytest.raises(UncoveredRead), perturbed(net, block, law, key, 0.1):
         f()
 
@@ -429,6 +432,39 @@ def test_the_realised_direction_is_what_low_precision_let_through(dtype):
         update, -torch.cat(evaluated).detach().double() * math.copysign(1, zo.slopes[0]), dim=0
     )
     assert cosine > 0.999
+
+
+def test_low_rank_directions_are_applied_to_few_inputs_and_to_many_weights_alike():
+    """Two rows go through the layers, so A Bᵀ is applied to them, not added to 24 x 32 weights: the same value and gradients."""
+
+    class Layers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.one, self.two = nn.Embedding(40, 24), nn.Linear(24, 32), nn.Linear(32, 24, bias=False)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return torch.tanh(self.two(torch.tanh(self.one(self.embed(ids)))))
+
+    torch.manual_seed(0)
+    net, ids = Layers().double(), torch.tensor([[3, 7]])
+    block = partition(net)[0]
+    plan, key = Perturbation(net, block), Key(5)
+    grads = lambda: torch.autograd.grad(net(ids).square().sum(), block.tensors)  # noqa: E731
+    for law in (SubZero(rank=3), LOZO(rank=2), TeZO(rank=4)):
+        plan.value(grads, law, key, 0.1)  # from here on nothing needs to be observed
+        used: list[str] = []
+        watched = replace(law)
+        object.__setattr__(
+            watched, "factored", lambda k, n, w, law=law, used=used: used.append(n) or law.factored(k, n, w)
+        )
+        inside = plan.value(grads, watched, key, 0.1)
+        assert used == ["embed.weight", "one.weight", "two.weight"]
+        with torch.no_grad():
+            values = [float(plan.value(lambda: net(ids).sum(), law, key, 0.1)) for _ in range(2)]
+        with perturbed_copy(net, block, law, key, 0.1):
+            for a, b in zip(grads(), inside):
+                torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
+            assert values == pytest.approx([float(net(ids).sum().detach())] * 2, rel=1e-12)
 
 
 def test_memory_stays_within_the_largest_tensor():

@@ -58,6 +58,10 @@ class Law:
         # u is ours alone: the sum takes its place, and one tensor is allocated instead of two
         return torch.add(w, u, alpha=alpha, out=u if u.dtype == w.dtype else torch.empty_like(w))
 
+    def factored(self, key: Key, name: str, w: Tensor) -> tuple[Tensor, Tensor] | None:
+        """A (m, r), B (n, r) with u = A Bᵀ in w's own shape, where that is how u is made: a linear layer can then apply u to its input."""
+        return None
+
     def combine(self, keys: Sequence[Key], name: str, like: Tensor, weights: Sequence[float]) -> Tensor:
         """Σₖ weightₖ uₖ, in u's dtype."""
         total = self.fill(keys[0], name, like).mul_(weights[0])
@@ -67,34 +71,54 @@ class Law:
         return total
 
 
+SMALL = 4096  # elements
+
+
 @dataclass(frozen=True)
 class Kept(Law):
-    """Another law whose directions are drawn once and kept: one block of extra memory for two draws saved per central
-    difference.
+    """Another law whose directions are drawn once and kept while this object lives.
+
+    limit  keep tensors up to this many elements (None: all). With all kept, one block of extra memory buys two of the three draws of a
+           central difference. With `SMALL`, it is the norms and biases: a thousandth of a model's memory and much of its count of draws.
     """
 
     law: Law
+    limit: int | None = None
     store: dict[tuple[Key, str], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def bind(self, block: Block, keys: Sequence[Key]) -> Law:
-        return Kept(self.law.bind(block, keys))
+        return Kept(self.law.bind(block, keys), self.limit)
 
     def touches(self, key: Key, name: str) -> bool:
         return self.law.touches(key, name)
 
-    def _kept(self, key: Key, name: str, like: Tensor) -> Tensor:
-        if (key, name) not in self.store:
-            self.store[key, name] = self.law.fill(key, name, like)
-        return self.store[key, name]
+    def _kept(self, key: Key, name: str, like: Tensor) -> Tensor | None:
+        if self.limit is not None and like.numel() > self.limit:
+            return None
+        u = self.store.get((key, name))
+        if u is None:
+            u = self.store[key, name] = self.law.fill(key, name, like)
+        return u
 
     def fill(self, key: Key, name: str, like: Tensor) -> Tensor:
-        return self._kept(key, name, like).clone()
+        u = self._kept(key, name, like)
+        return self.law.fill(key, name, like) if u is None else u.clone()
 
     def shift(self, key: Key, name: str, w: Tensor, alpha: float, out: Tensor | None = None) -> Tensor:
         u = self._kept(key, name, w)
+        if u is None:
+            return self.law.shift(key, name, w, alpha, out)
         if out is not None:
             return torch.add(w, u, alpha=alpha, out=out)
         return torch.add(w, u, alpha=alpha).to(w.dtype)
+
+    def factored(self, key: Key, name: str, w: Tensor) -> tuple[Tensor, Tensor] | None:
+        return self.law.factored(key, name, w)
+
+    def combine(self, keys: Sequence[Key], name: str, like: Tensor, weights: Sequence[float]) -> Tensor:
+        if self._kept(keys[0], name, like) is None:
+            return self.law.combine(keys, name, like, weights)
+        return super().combine(keys, name, like, weights)
 
 
 def merged(blocks: Block | Sequence[Block]) -> Block:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -33,6 +33,8 @@ class LowRank(Law):
 
     rank: int = 2
     reshape: bool | None = None
+    # the last direction's factors by tensor name: a difference and its update use each three times, and they are r(m + n) numbers of mn
+    last: dict[str, tuple[object, tuple[Tensor, Tensor]]] = field(default_factory=dict, repr=False, compare=False)
 
     def bind(self, block: Block, keys: Sequence[Key]) -> Law:
         bound = self if self.reshape is not None else self._with(reshape=block.group == "peft")
@@ -61,19 +63,32 @@ class LowRank(Law):
         """A, B, shapes (m, r), (n, r), with r at most the capped rank."""
         raise NotImplementedError
 
+    def _factors(self, key: Key, name: str, shape: tuple[int, int], like: Tensor) -> tuple[Tensor, Tensor]:
+        tag = (key, shape, like.dtype, like.device, self.rank, getattr(self, "refresh", None))
+        held = self.last.get(name)
+        if held is None or held[0] != tag:
+            held = self.last[name] = (tag, self.factors(key, name, *shape, like))
+        return held[1]
+
     def fill(self, key: Key, name: str, like: Tensor) -> Tensor:
         shape = self.matrix(like)
         if shape is None:
             return normal(key, name, like.shape, like)
-        a, b = self.factors(key, name, *shape, like)
+        a, b = self._factors(key, name, shape, like)
         return (a @ b.T).view(like.shape)
 
     def shift(self, key: Key, name: str, w: Tensor, alpha: float, out: Tensor | None = None) -> Tensor:
         shape = self.matrix(w)
         if shape is None or w.dtype not in (torch.float32, torch.float64) or not w.is_contiguous():
             return super().shift(key, name, w, alpha, out)
-        a, b = self.factors(key, name, *shape, w)
+        a, b = self._factors(key, name, shape, w)
         if out is not None:
             torch.addmm(w.view(shape), a, b.T, alpha=alpha, out=out.view(shape))
             return out
         return torch.addmm(w.view(shape), a, b.T, alpha=alpha).view(w.shape)
+
+    def factored(self, key: Key, name: str, w: Tensor) -> tuple[Tensor, Tensor] | None:
+        # in low precision the sum w + alpha u is rounded, and that rounding is part of what is evaluated
+        if w.dim() != 2 or self.matrix(w) != tuple(w.shape) or w.dtype not in (torch.float32, torch.float64):
+            return None
+        return self._factors(key, name, (w.shape[0], w.shape[1]), w)

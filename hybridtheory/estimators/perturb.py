@@ -2,11 +2,11 @@
 in every dtype.
 
 Adding scale·u in place and subtracting it again does not give the parameters back (in bf16 the drift is many times
-the update). Here a tensor is perturbed *where it is used*: a hook before the module's forward puts w + scale·u in the
-weight's place and a hook after it drops the copy. Only one perturbed tensor is alive at a time, autograd works
+the update). Here a tensor is perturbed *where it is used*: while a module's forward runs, w + scale·u is in the
+weight's place, and the copy is dropped after it. Only one perturbed tensor is alive at a time, autograd works
 inside, and each difference saves a draw.
 
-Hooks reach only weights that are read by the forward of the module that owns them. Fused attention, LSTMs, ia3
+This reaches only weights that are read by the forward of the module that owns them. Fused attention, LSTMs, ia3
 vectors or prompts are read from elsewhere. Which ones is not guessed from names but observed: during the first
 evaluation of a `Perturbation` every operation's operands are compared with the block's storages. A tensor whose
 original is touched is from then on replaced as a whole, by its ``.data``, for as long as the perturbation lasts (one
@@ -23,13 +23,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from hybridtheory.blocks import Block
 from hybridtheory.errors import UserError
 from hybridtheory.estimators.law import Law, merged
 from hybridtheory.estimators.streams import Key, check_names
+from hybridtheory.estimators.substitute import Factored, Observer, substitute
 
 T = TypeVar("T")
 
@@ -70,16 +69,15 @@ class Perturbation:
                 f"the model does not hold {sorted(missing)[0]!r} of block {self.block.name!r}: the block "
                 f"belongs to another model"
             )
-        self._whole: set[str] = set()  # names that hooks do not reach
+        self._whole: set[str] = set()  # names that replacing a module's attribute does not reach
         self.accepted: set[float] = set()  # values of mu that the weights were seen not to absorb
+        self._inside = False
         self._derived = False  # has a forward derivative shown that it reaches every tensor?
         # (training, grad) -> how often a forward reads each tensor
         self._checked: dict[tuple[bool, bool], dict[str, int]] = {}
 
     def value(self, f: Callable[[], T], law: Law, key: Key, scale: float) -> T:
-        """f() at w + scale·u(key). f is called once, or once more for each set of tensors found to be out of the
-        hooks' reach.
-        """
+        """f() at w + scale·u(key). f is called once, or once more for each set of tensors found to be out of reach."""
         while True:
             try:
                 with self.at(law, key, scale):
@@ -91,14 +89,14 @@ class Perturbation:
     def at(self, law: Law, key: Key, scale: float) -> Iterator[None]:
         """Within, the model computes at w + scale·u(key). ``law`` must be bound to the block.
 
-        With weights that hooks do not reach, a gradient must be taken before the end of the context (afterwards their
+        With weights out of reach, a gradient must be taken before the end of the context (afterwards their
         ``.data`` is w again). Raises UncoveredRead at the end of the first use in a mode (training, gradients on)
         when such weights come to light.
         """
         names = [n for n in self.block.names if law.touches(key, n)]
         mode = (self.model.training, torch.is_grad_enabled())
         checked = self._checked.setdefault(mode, {})
-        observer = None if checked.keys() >= set(names) else _Observer(self.block.parameters, self._whole)
+        observer = None if checked.keys() >= set(names) else Observer(self.block.parameters, self._whole)
         originals: list[tuple[nn.Parameter, Tensor]] = []
         try:
             for name in names:
@@ -106,7 +104,14 @@ class Perturbation:
                     parameter = self.block.parameters[name]
                     originals.append((parameter, parameter.data))
                     parameter.data = law.shift(key, name, parameter.data, scale)
-            with self._hooked(lambda n, p: law.shift(key, n, p, scale), names, checked, observer):
+            with self._wrapped(
+                lambda n, p: law.shift(key, n, p, scale),
+                names,
+                checked,
+                observer,
+                lambda n, p: law.factored(key, n, p),
+                scale,
+            ):
                 yield
         finally:
             for parameter, data in originals:
@@ -126,7 +131,7 @@ class Perturbation:
         """(f, D_u f) at w by forward-mode differentiation (the forward gradient of Baydin et al. 2022): no step mu,
         no truncation.
 
-        Runs under the math attention kernel, the only one with a forward derivative. A weight that hooks do not reach
+        Runs under the math attention kernel, the only one with a forward derivative. A weight out of reach
         is replaced as an attribute of its module; one that is read in yet another way (an LSTM's flat list) raises
         UserError.
         """
@@ -136,7 +141,7 @@ class Perturbation:
             if not self._checked.get(mode, {}).keys() >= set(names):
                 self.value(f, law, key, 0.0)
             first = not self._derived
-            observer = _Observer(self.block.parameters, set()) if first else None
+            observer = Observer(self.block.parameters, set()) if first else None
 
             def dual(name: str, w: Tensor) -> Tensor:
                 # only a copy can be told from the original by its storage
@@ -152,8 +157,12 @@ class Perturbation:
                                 held: Any = module._parameters
                                 replaced.append((held, attribute, held[attribute]))
                                 held[attribute] = dual(name, self.block.parameters[name])
-                    with self._hooked(dual, names, self._checked.get(mode, {}), observer):
+                    with self._wrapped(dual, names, self._checked.get(mode, {}), observer):
                         loss, tangent = forward_ad.unpack_dual(f())
+                except NotImplementedError as error:
+                    raise UserError(
+                        f'an operation of the model has no forward derivative: use difference="central" ({error})'
+                    ) from error
                 finally:
                     for held, attribute, parameter in replaced:
                         held[attribute] = parameter
@@ -173,14 +182,16 @@ class Perturbation:
             return float(loss), float(tangent)
 
     @contextmanager
-    def _hooked(
+    def _wrapped(
         self,
         make: Callable[[str, Tensor], Tensor],
         names: Sequence[str],
         uses: dict[str, int],
-        observer: _Observer | None,
+        observer: Observer | None,
+        factored: Factored | None = None,
+        scale: float = 0.0,
     ) -> Iterator[None]:
-        """Hooks that put make(name, w) in w's place while the module that owns it runs."""
+        """Forwards that put make(name, w) in w's place while the module that owns it runs, or that add scale·A Bᵀ to what it computes."""
         parameters = self.block.parameters
         covered = set(names) - self._whole
         shared: dict[str, tuple[Tensor, int]] = {}  # name -> its copy, and how many uses of it are left in this forward
@@ -190,84 +201,37 @@ class Perturbation:
                 observer.uses[name] = observer.uses.get(name, 0) + 1
             copy, left = shared.pop(name, (None, uses.get(name, 1)))
             if copy is None:
-                with _muted(observer):
-                    copy = make(name, parameters[name])
+                copy = (
+                    make(name, parameters[name]) if observer is None else observer.unseen(make, name, parameters[name])
+                )
             if self.share and left > 1:
                 shared[name] = (copy, left - 1)
             return copy
 
-        handles: list[Any] = []
+        if self._inside:
+            raise RuntimeError("a perturbation of this block is already in effect: leave it before the next one begins")
+        self._inside = True
+        undo: list[Callable[[], None]] = []
+        handle = None
         try:
             for module, site in self._sites.items():
                 swaps = [(a, n) for a, n in site if n in covered]
                 if swaps:
-                    handles += _swap(module, swaps, copy_of, parameters)
+                    # the observer must not see the weight that stays in place
+                    low = factored if observer is None else None
+                    undo.append(substitute(module, swaps, copy_of, parameters, low, scale))
             if observer is None:
                 yield
             else:
-                handles.append(self.model.register_forward_pre_hook(lambda module, args: observer.count()))
+                handle = self.model.register_forward_pre_hook(lambda module, args: observer.count())
                 with observer:
                     yield
         finally:
-            for handle in handles:
+            self._inside = False
+            for step in undo:
+                step()
+            if handle is not None:
                 handle.remove()
-
-
-def _swap(
-    module: nn.Module,
-    swaps: list[tuple[str, str]],
-    copy_of: Callable[[str], Tensor],
-    parameters: dict[str, nn.Parameter],
-) -> list[Any]:
-    # a tensor in a Parameter's place: nn.Module's own setter would refuse it, attribute lookup does not
-    held: Any = module._parameters
-
-    def before(module: nn.Module, args: Any) -> None:
-        for attribute, name in swaps:
-            held[attribute] = copy_of(name)
-
-    def after(module: nn.Module, args: Any, output: Any) -> None:
-        for attribute, name in swaps:
-            held[attribute] = parameters[name]
-
-    return [module.register_forward_pre_hook(before), module.register_forward_hook(after, always_call=True)]
-
-
-class _Observer(TorchDispatchMode):
-    """Sees which of the block's storages are operands of an operation while no hook of ours has replaced them."""
-
-    def __init__(self, parameters: dict[str, nn.Parameter], known: set[str]) -> None:
-        super().__init__()
-        self.names: dict[int, list[str]] = {}
-        for name, parameter in parameters.items():
-            if name not in known and parameter.numel():
-                self.names.setdefault(parameter.untyped_storage().data_ptr(), []).append(name)
-        self.raw: set[str] = set()
-        self.uses: dict[str, int] = {}
-        self.forwards = 0
-        self.muted = False
-
-    def count(self) -> None:
-        self.forwards += 1
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not self.muted:
-            for leaf in tree_leaves((args, kwargs)):
-                if isinstance(leaf, Tensor) and not leaf._is_zerotensor():  # forward mode's zeros own no storage
-                    self.raw.update(self.names.get(leaf.untyped_storage().data_ptr(), ()))
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def _muted(observer: _Observer | None) -> Iterator[None]:
-    if observer is None:
-        yield
-        return
-    observer.muted = True
-    try:
-        yield
-    finally:
-        observer.muted = False
 
 
 @contextmanager

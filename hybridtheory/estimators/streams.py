@@ -21,6 +21,7 @@ the same numbers are widened.
 from __future__ import annotations
 
 import hashlib
+import struct
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from torch import Tensor
 
 # elements; large enough that filling a generator's state (5 us) vanishes, small enough to stay in cache
 CHUNK = 1 << 18
+_FOUR = struct.Struct("=4Q")
 _WORDS = 624  # 32-bit words of the Mersenne Twister's state
 # any constant: the key's bits are all in the counter
 _CIPHER = np.array([0x9E3779B97F4A7C15, 0xF39CC0605CEDC834], dtype=np.uint64)
@@ -84,7 +86,7 @@ class _Local(threading.local):
     def __init__(self) -> None:
         self.philox = np.random.Philox(key=_CIPHER)
         self.state: Any = self.philox.state
-        self.counter: np.ndarray = self.state["state"]["counter"]
+        self.counter = self.state["state"]["counter"].data.cast("B")
         self.state["state"]["key"] = _CIPHER
         self.state["buffer_pos"] = 4  # nothing buffered: the next word is the counter's own
         self.twister = torch.Generator()
@@ -113,9 +115,10 @@ def _counter(key: Key, name: str, chunk: int) -> tuple[int, int, int, int]:
 def words(key: Key, name: str, n: int, chunk: int = 0) -> np.ndarray:
     """n random 64-bit words, shape (n,) uint64."""
     own = _local
-    own.counter[:] = _counter(key, name, chunk)
+    _FOUR.pack_into(own.counter, 0, *_counter(key, name, chunk))  # a quarter of the time of assigning to the array
     own.philox.state = own.state
-    return np.asarray(own.philox.random_raw(n))
+    found: np.ndarray = own.philox.random_raw(n)
+    return found
 
 
 def _refill(own: _Local, twister: torch.Generator, key: Key, name: str, chunk: int) -> torch.Generator:
@@ -171,24 +174,24 @@ def uniform(key: Key, name: str, like: Tensor) -> Tensor:
     return out
 
 
-_SHIFTS = torch.arange(32, dtype=torch.int32)[:, None]
-_SIGN, _ONE = -(1 << 31), 0x3F800000  # float32: the sign bit, and the bits of 1.0
+_BYTES = np.where(
+    np.arange(256)[:, None] >> np.arange(8) & 1, np.float32(-1), np.float32(1)
+)  # (256, 8): a byte's bits as signs
 
 
 def signs(key: Key, name: str, like: Tensor) -> Tensor:
-    """Independent fair signs +1.0 / -1.0 in ``like``'s shape: bit k of word j becomes the sign bit of element (k, j)
-    of a chunk.
-    """
+    """Independent fair signs +1.0 / -1.0 in ``like``'s shape: bit i of a chunk's words is the sign of its element i."""
     n = like.numel()
-    whole = -(-n // CHUNK) * CHUNK if n > CHUNK else -(-n // 64) * 64
-    out = torch.empty(whole, dtype=torch.int32, device=like.device)
-    shifts = _SHIFTS.to(like.device)
-    for chunk, start in enumerate(range(0, whole, CHUNK)):
-        part = out[start : start + CHUNK].view(32, -1)
-        bits = torch.from_numpy(words(key, name, part.numel() // 64, chunk).view(np.int32)).to(like.device)
-        torch.bitwise_left_shift(bits[None], shifts, out=part)
-        part.bitwise_and_(_SIGN).bitwise_or_(_ONE)
-    u = out[:n].view(torch.float32).view(like.shape)
+    out = torch.empty(-(-n // 64) * 64, dtype=torch.float32)  # whole words; the tail is cut off below
+    rows = out.numpy().reshape(-1, 8)
+    for chunk, start in enumerate(range(0, n, CHUNK)):
+        part = rows if n <= CHUNK else rows[start // 8 : (start + CHUNK) // 8]
+        # a table of bytes is three times as fast as shifting and masking words; "clip" skips a bounds check that cannot fail
+        _BYTES.take(words(key, name, len(part) // 8, chunk).view(np.uint8), axis=0, out=part, mode="clip")
+    u = out if n == out.numel() else out[:n]
+    if like.device.type != "cpu":
+        u = u.to(like.device)
+    u = u.view(like.shape)
     return u.double() if like.dtype == torch.float64 else u
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hybridtheory.blocks import Block
 from hybridtheory.errors import UserError
-from hybridtheory.estimators.law import Kept, Law
+from hybridtheory.estimators.law import SMALL, Kept, Law
 from hybridtheory.estimators.perturb import Perturbation
 from hybridtheory.estimators.streams import Key
 from hybridtheory.vectors import Tensors
@@ -122,7 +122,7 @@ def evaluate(
     if difference != "exact":
         check_mu(plan, mu)
     with torch.no_grad():
-        bound = (Kept(law) if keep else law).bind(plan.block, keys)
+        bound = Kept(law, None if keep else SMALL).bind(plan.block, keys)
         slopes, losses, count, base = [], [], 0, at_w
         for key in keys:
             if difference == "exact":

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybridtheory.estimators.law import Law
+from hybridtheory.estimators.law import Kept, Law
 from hybridtheory.estimators.streams import Key, normal
 from hybridtheory.estimators.zo_gradient import ZOGradient
 from hybridtheory.optimizers.base import Closure, ZeroOrder
@@ -67,7 +67,7 @@ class AdaMU(ZeroOrder):
         for unit, zo in zip(self.units, zos, strict=True):
             beta2 = self.param_groups[unit.indices[0]]["beta2"]
             lr, kept, targets = self._per_tensor(unit, "lr"), self._decay(unit), self._targets(unit)
-            law = zo.law.law if hasattr(zo.law, "law") else zo.law  # a kept law wraps it
+            law = zo.law.law if isinstance(zo.law, Kept) else zo.law
             assert isinstance(law, Momentous)
             for name, p in unit.plan.block.parameters.items():
                 still, moving = law.parts(zo.keys[0], name, p)
