@@ -49,7 +49,7 @@ def product_cost(p: Any, repeats: int) -> list[float]:
     oracle = Oracle(p.net, NextByte(), p.batches(1), blocks)
     vector = [t for b in blocks for t in streams.rademacher(b, SEED, "bench")]
     ratios = []
-    with oracle.products(blocks) as hess:
+    with oracle.products(*blocks) as hess:
         hess(vector)  # the graph is built here
         for _ in range(repeats):
             gradient, _ = timed(lambda: oracle.gradient(*blocks))

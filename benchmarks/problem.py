@@ -19,7 +19,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 CACHE = Path(__file__).resolve().parent.parent / "runs" / "bench"
 ROWS, LENGTH, LAYERS, WIDTH = 4, 64, 6, 256
-STEPS = (100, 105, 110)  # training steps at which the three points lie
+STEPS = (200, 205, 210)  # training steps at which the three points lie
 
 
 class Logits(nn.Module):
@@ -95,7 +95,8 @@ def problem() -> Problem:
 def train(
     net: Logits, generator: torch.Generator, ids: Tensor, targets: Tensor
 ) -> tuple[list[dict[str, Tensor]], list[float]]:
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=0.0)
+    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.05, total_iters=20)
     states, losses = [], []
     for step in range(max(STEPS) + 1):
         if step in STEPS:
@@ -106,6 +107,7 @@ def train(
         optimizer.zero_grad()
         nn.functional.cross_entropy(net(rows[:, :-1]), rows[:, 1:].flatten()).backward()
         optimizer.step()
+        warmup.step()
     return states, losses
 
 
@@ -129,7 +131,7 @@ class Truth:
         return max(2, int(np.ceil((self.sample_sd / (relative_error * abs(self.trace))) ** 2)))
 
 
-def truth(p: Problem, point: int, samples: int = 96) -> list[Truth]:
+def truth(p: Problem, point: int, samples: int = 64) -> list[Truth]:
     """One per layer; computed once and kept."""
     kept = CACHE / f"truth-{point}.pt"
     if not kept.exists():
@@ -190,7 +192,8 @@ def sweep(product: Callable[[Tensor], Tensor], start: Tensor, most: int) -> Iter
         beta = float(w.norm())
         values, vectors = np.linalg.eigh(tridiagonal[: k + 1, : k + 1])
         residuals = beta * np.abs(vectors[-1])
-        yield values[0], values[-1], max(residuals[0] / abs(values[0]), residuals[-1] / abs(values[-1]))
+        worst = max(residuals[0] / abs(values[0]), residuals[-1] / abs(values[-1]))
+        yield float(values[0]), float(values[-1]), float(worst)
         basis[k + 1] = w / beta
         if k + 1 < most:
             tridiagonal[k, k + 1] = tridiagonal[k + 1, k] = beta

@@ -272,7 +272,7 @@ def our_moduli(p: Problem, batches: int = 1) -> list[float]:
     from hybridtheory.oracle import Oracle
 
     blocks = layer_blocks(p)
-    with Oracle(p.net, NextByte(), p.batches(batches), blocks).products(blocks) as hess:
+    with Oracle(p.net, NextByte(), p.batches(batches), blocks).products(*blocks) as hess:
         runs = [spectrum(hess, b, SEED, tol=TOLERANCE, ends=("modulus",)) for b in blocks]
     return [max(r.lam_max.value, r.lam_min.value, key=abs) for r in runs]
 
@@ -289,7 +289,7 @@ def our_rows(p: Problem, points: list[int], batches: int = 1) -> list[list[Row]]
     for index, point in enumerate(points):
         p.go(point)
         rows = []
-        with oracle.products(blocks) as hess:
+        with oracle.products(*blocks) as hess:
             found = traces(hess, blocks, SEED, tol=TRACE_ERROR, index=index)
             for b in blocks:
                 run = spectrum(hess, b, SEED, index=index, warm=warm[b.name], tol=TOLERANCE)

@@ -93,7 +93,9 @@ def lanczos(
     one-sided bounds (each holds with probability 1 - 2 ``failure``) lie within ``bound`` spreads of the Ritz values.
 
     The error of a Ritz value is estimated as min(r, r²/gap) from its residual r and the gap to its neighbour, and must be small twice
-    in a row (docs/log.md has what simpler rules miss). Without a kept
+    in a row (docs/log.md has what simpler rules miss); what the last three products moved it bounds that estimate from below, since an
+    end that is a cluster creeps while its residual looks settled. ``ends`` = ("modulus",) resolves |λ|max alone: the larger end, and
+    the other one far enough to know that it is the smaller. Without a kept
     basis the vectors lose orthogonality and converged values reappear as copies: ends stay right, copies only waste steps.
     ``start`` is overwritten: on a large model every vector counts.
     """
@@ -110,6 +112,7 @@ def lanczos(
     alphas: list[float] = []
     betas: list[float] = []
     beta = 0.0
+    trail: list[tuple[float, float]] = []  # both ends after every product
     agreed = (
         0  # consecutive steps at which every wanted end was resolved: one alone may rest on a neighbour not yet seen
     )
@@ -134,12 +137,14 @@ def lanczos(
         # An invariant subspace: every Ritz value is an eigenvalue, and there is no next direction.
         exhausted = k + 1 == d or beta <= 1e-7 * spread or spread == 0.0
         # The relative errors are floored at the noise of products in the vectors' precision.
-        errors = [_error(theta, np.abs(beta * s[-1]), end) for end in (-1, 0)]
-        enough = all(
-            error <= tol * abs(theta[end]) or error <= 1e-3 * tol * spread
-            for error, end, name in zip(errors, (-1, 0), ("max", "min"), strict=True)
-            if name in ends
-        )
+        trail.append((theta[0], theta[-1]))
+        past = trail[-4] if k > 2 else (math.inf, math.inf)
+        moved = {end: abs(theta[end] - past[end]) for end in (0, -1)}
+        errors = {end: 0.0 if exhausted else max(moved[end], _error(theta, np.abs(beta * s[-1]), end)) for end in moved}
+        enough = all(errors[end] <= _allowed(theta, end, tol) for end in _wanted(theta, ends))
+        if "modulus" in ends:
+            rival = -1 - _wanted(theta, ends)[0]
+            enough = enough and abs(theta[rival]) + errors[rival] <= (1 + tol) * spread
         agreed = agreed + 1 if enough else 0
         bounded = _outer(end_excess(d, k + 1, failure, mixed)) <= bound
         if exhausted or (agreed >= 2 and bounded and k + 1 >= min_steps) or k + 1 == steps_allowed:
@@ -151,17 +156,17 @@ def lanczos(
     spread = theta[-1] - theta[0]
     outer = _outer(excess) * spread if spread else 0.0
 
-    def end_estimate(end: int, name: str) -> Estimate:
-        error = 0.0 if exhausted else _error(theta, residuals, end)
-        resolved = error <= tol * abs(theta[end]) or error <= 1e-3 * tol * spread
-        note = "" if resolved else f"error about {error:.2g} after {k + 1} products, wanted {tol * abs(theta[end]):.2g}"
+    def end_estimate(end: int) -> Estimate:
+        resolved = errors[end] <= _allowed(theta, end, tol)
+        wanted = f"wanted {tol * abs(theta[end]):.2g}"
+        note = "" if resolved else f"error about {errors[end]:.2g} after {k + 1} products, {wanted}"
         return Estimate(
             float(theta[end]),
             residual=float(residuals[end]),
             upper=float(theta[end] + (outer if end else -outer)),
             confidence=1 - 2 * failure,
             n=k + 1,
-            resolved=bool(resolved) or name not in ends,
+            resolved=bool(resolved) or end not in _wanted(theta, ends),
             note=note,
         )
 
@@ -170,7 +175,7 @@ def lanczos(
         combo = s[:, -1] / np.linalg.norm(s[:, -1]) + s[:, 0] / np.linalg.norm(s[:, 0])
         coefficients = torch.as_tensor(combo / np.linalg.norm(combo))
         warm = [(coefficients.to(r) @ r[: k + 1]).view(shape) for r, shape in zip(stored, shapes, strict=True)]
-    ends_found = end_estimate(-1, "max"), end_estimate(0, "min")
+    ends_found = end_estimate(-1), end_estimate(0)
     return Lanczos(theta, s[0] ** 2, *ends_found, np.array(alphas), np.array(betas[: len(alphas) - 1]), warm)
 
 
@@ -184,6 +189,18 @@ def _tridiagonal(alphas: Sequence[float], betas: Sequence[float]) -> tuple[np.nd
         return np.array(alphas), np.ones((1, 1))
     theta, s = eigh_tridiagonal(np.array(alphas), np.array(betas[: len(alphas) - 1]))
     return theta, s
+
+
+def _wanted(theta: np.ndarray, ends: Sequence[str]) -> list[int]:
+    """The ends to resolve as indices into the Ritz values: -1 (max), 0 (min)."""
+    if "modulus" in ends:
+        return [-1 if abs(theta[-1]) >= abs(theta[0]) else 0]
+    return [end for end, name in ((-1, "max"), (0, "min")) if name in ends]
+
+
+def _allowed(theta: np.ndarray, end: int, tol: float) -> float:
+    """Relative to the end itself, and no less than what products in single precision resolve beside the other end."""
+    return float(max(tol * abs(theta[end]), 1e-3 * tol * max(abs(theta[0]), abs(theta[-1]))))
 
 
 def _error(theta: np.ndarray, residuals: np.ndarray, end: int) -> float:
@@ -200,11 +217,17 @@ def _error(theta: np.ndarray, residuals: np.ndarray, end: int) -> float:
 
 
 def _orthogonalise(w: Tensors, stored: list[torch.Tensor], k: int) -> None:
-    """w minus its part in the first k stored vectors, twice (once is not enough in floating point: Parlett)."""
+    """w minus its part in the first k stored vectors; once more where that part was not small (Daniel, Gragg, Kaufman & Stewart 1976).
+
+    The caller has already taken out the vectors that carry most of it, so once is the rule: a pass reads the whole basis and costs
+    as much as a product of a late layer.
+    """
     for _ in range(2):
         coefficients = torch.stack([rows[:k] @ t.reshape(-1) for rows, t in zip(stored, w, strict=True)]).sum(0)
         for rows, t in zip(stored, w, strict=True):
             t.sub_((coefficients @ rows[:k]).view_as(t))
+        if float(coefficients.norm()) <= norm(w):
+            return
 
 
 def spectrum(
