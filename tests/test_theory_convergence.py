@@ -350,6 +350,16 @@ def test_sample_complexity_and_its_price_of_confidence():
         reached = bound.value / (c / max(zo, L_y)) / failure
         assert reached <= eps**2 * (1 + 1e-9)
         assert reached >= eps**2 * (0.98 if noise else 0.49)
+    # The two branches, on both sides of their meeting point, written out: Λ = 14, N = σ_x²/14 + 0.
+    for share in (None, 0.8, 1.5):
+        noise = 0.0 if share is None else 0.1 * 0.3**2 / (2 * 14 * share)
+        T = rf.steps_markov(0.3, 0.1, 2.0, 3.0, 5.0, 0.7, 14 * noise, 0.0)
+        assert T == pytest.approx(4 * 0.7 * 14 / (0.1 * 0.3**2 * min(1.0, share or 1.0)))
+    G = 32 + math.sqrt(32**2 + 4 * 16)  # F = 16, l = 2 + u
+    assert rf.steps_li(1e3, 0.5, lambda u: 2 + u, 0.5, 0.5) == pytest.approx(2 * (2 + 2 * G) * 16 / 1e6)
+    assert rf.failure_exponent(lambda f: 1 / f, 0.4) == pytest.approx(1.0)
+    with pytest.raises(UserError, match="failure probability"):
+        rf.failure_exponent(lambda f: 1 / f, 0.6)
     few = {"eps": 0.1, "L_x": 2.0, "L_y": 3.0, "r": 5.0, "Delta": 0.7}
     quiet = rf.failure_exponent(
         lambda f: rf.steps_markov(delta_probability=f, sigma_x_sq=0.0, sigma_y_sq=0.0, **few), 0.01

@@ -186,6 +186,8 @@ def test_aligned_subzero_is_unbiased_and_no_better_than_mezo(r):
     expected = sub.subzero_second_moment(shapes, ranks, energies, dense, vector @ vector)
     close(slope**2 * (flat**2).sum(1), expected, tight=0.06)
     assert expected >= mo.second_moment("gaussian", true.size) * (true @ true) * (1 - 1e-12)
+    assert sub.subzero_second_moment([], [], [], 5, 3.0) == pytest.approx(mo.second_moment("gaussian", 5) * 3.0)
+    assert sub.subzero_second_moment([(4, 3)], [2], [7.0]) == pytest.approx((12 + 2 * 12 / 4) * 7)
     # One matrix: 1/d against the true gradient at every rank, and r²/(mn) of the energy captured.
     single = ztilde[0].reshape(N, -1)
     cos_sq = (single @ grads[0].ravel()) ** 2 / ((single**2).sum(1) * energies[0])
@@ -323,7 +325,7 @@ def test_worst_case_second_moments_hold_and_are_reached():
 def test_minibatch_and_evaluation_noise(q):
     rng = np.random.default_rng(q)
     N, d, s, mu = 100_000, 5, 0.3, 0.2
-    rows = rng.standard_normal((50, d))
+    rows = rng.standard_normal((50, d)) + 1.0  # ‖g‖² and σ² are alike
     g = rows.mean(0)
     sigma_sq = ((rows - g) ** 2).sum(1).mean()
     batch = rows[rng.integers(0, 50, N)]
