@@ -33,6 +33,7 @@ GREY = "0.45"
 MOVES = {"gradient": ("o", BLUE), "trajectory": ("P", GREEN), "random": ("s", ORANGE), "joint": ("^", PINK)}
 RULES = {"worst_case": "worst case\n(dimension)", "measured": "measured\n(trace)", "noise_limited": "noise-limited"}
 RULES |= {"finite_scale": "finite scale\n(forward passes)"}
+WHERE = (("white", "first point"), ("black", "whole run"))
 MOST_PANELS = 12
 
 
@@ -110,7 +111,7 @@ def tick(x: float, plain: bool) -> str:
     if x <= 0 or not math.isfinite(x):
         return ""
     exponent = math.floor(math.log10(x) + 1e-9)
-    if plain and -3 < exponent < 4:
+    if plain and -3 <= exponent < 4:
         return f"{x:g}"
     mantissa = round(x / 10.0**exponent)
     return f"$10^{{{exponent}}}$" if mantissa == 1 else f"${mantissa}\\cdot 10^{{{exponent}}}$"
@@ -261,9 +262,8 @@ def fit_lines(ax: Axes, report: Report, name: str, norms: Sequence[float]) -> No
             lw=1.1,
         )
         if f.method == "envelope":
-            notes.append(
-                f"$L_0$ = {number(f.L0)}, " + (f"$L_1$ = {number(f.L1)}" if f.identified else "$L_1$ not identified")
-            )
+            told = f"$L_0$ = {number(f.L0)}, $L_1$ = {number(f.L1)}"
+            notes.append(told if f.identified else f"$L_1$ not identified: norms span a factor {number(f.span, 2)}")
     if notes:
         box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5}
         ax.text(0.03, 0.97, notes[0], transform=ax.transAxes, va="top", fontsize=7.5, bbox=box, zorder=5)
@@ -329,6 +329,7 @@ def signed(ax: Axes, x: float, e: Estimate | None, colour: Any, markers: tuple[s
 
 def along_run(top: Axes, bottom: Axes, report: Report, names: list[str]) -> None:
     palette = block_colours(report)
+    reach = report.points[-1].step - report.points[0].step
     for name in names:
         found = [(p.step, p.blocks[name]) for p in report.points if name in p.blocks]
         for ax, keys in ((top, ("lam_max", "lam_min")), (bottom, ("trace",))):
@@ -336,8 +337,14 @@ def along_run(top: Axes, bottom: Axes, report: Report, names: list[str]) -> None
                 line = [(step, getattr(b, key)) for step, b in found]
                 line = [(step, e) for step, e in line if e is not None and e.value != 0 and math.isfinite(e.value)]
                 ax.plot([s for s, _ in line], [abs(e.value) for _, e in line], color=palette[name], lw=0.8, alpha=0.6)
-                for step, e in line:
-                    signed(ax, step, e, palette[name], ("^", "v") if key != "trace" else ("o", "o"))
+                for step, e in line:  # the lower end a little to the right, so that bars do not hide each other
+                    signed(
+                        ax,
+                        step + (0.03 * (reach or 1) if key == "lam_min" else 0),
+                        e,
+                        palette[name],
+                        ("^", "v") if key != "trace" else ("o", "o"),
+                    )
     bottom.set_xlabel("step of the reference run")
     bottom.set_xticks([p.step for p in report.points])
     bottom.margins(x=0.15)
@@ -404,16 +411,18 @@ def displacement(report: Report) -> Figure | None:
     axes = np.asarray(figure.subplots(2, len(names), squeeze=False, sharex="col"))
     for column, name in enumerate(names):
         top, bottom = axes[:, column]
+        sizes: list[float] = []  # |phi|, drawn hollow where phi is negative
         for colour, p in zip(colours(len(report.points)), report.points):
             if name not in p.phi:
                 continue
             phi = p.phi[name]
             delta, mean, error = (np.asarray(v, dtype=float) for v in (phi.delta, phi.mean, phi.stderr))
-            up = np.isfinite(mean) & (mean > 0)
-            low = np.minimum(error, 0.999 * mean)
-            top.errorbar(
-                delta[up], mean[up], yerr=[low[up], error[up]], fmt="o", color=colour, ms=3.5, label=step_label(p)
-            )
+            for sign, fill, label in ((1, colour, step_label(p)), (-1, "white", None)):
+                some = np.isfinite(mean) & (sign * mean > 0)
+                size, spread = np.abs(mean[some]), error[some]
+                bars = [np.minimum(spread, 0.999 * size), spread]
+                top.errorbar(delta[some], size, yerr=bars, fmt="o", color=colour, mfc=fill, ms=3.5, label=label)
+                sizes += list(size)
             fine = np.isfinite(mean)
             implied, spread = 2 * mean[fine] / delta[fine] ** 2, 2 * error[fine] / delta[fine] ** 2
             bottom.errorbar(delta[fine], implied, yerr=spread, fmt="o-", color=colour, ms=3.5, lw=0.8)
@@ -424,6 +433,8 @@ def displacement(report: Report) -> Figure | None:
         top.set(xscale="log", yscale="log", title=short(name))
         bottom.set(xlabel=r"displacement $\delta$ (times a standard normal $u$)")
         bottom.margins(y=0.1)
+        if sizes:  # an error bar through 0 must not stretch the axis
+            top.set_ylim(bottom=min(sizes) / 5)
         if all(bar[0].get_ydata().min(initial=math.inf) > 0 for bar in bottom.containers):
             bottom.set_yscale("log")
         for axis in (top.xaxis, top.yaxis, *([bottom.yaxis] if bottom.get_yscale() == "log" else [])):
@@ -431,6 +442,9 @@ def displacement(report: Report) -> Figure | None:
     axes[0, 0].set_ylabel(r"$\varphi(\delta)=\mathrm{E}\,f(w+\delta u)-f(w)$")
     axes[1, 0].set_ylabel(r"implied trace $2\varphi/\delta^2$")
     handles, labels = axes[0, 0].get_legend_handles_labels()
+    if any(m < 0 for p in report.points for phi in p.phi.values() for m in phi.mean):
+        handles.append(Line2D([], [], ls="", marker="o", mfc="white", color="black", ms=3.5))
+        labels.append(r"$-\varphi$, where negative")
     handles.append(Line2D([], [], color="black", ls="--", lw=0.9))
     axes[0, 0].legend(handles, [*labels, r"fit $\frac{1}{2}T\delta^2$"], loc="upper left")
     return figure
@@ -483,6 +497,7 @@ def learning_rates(report: Report) -> Figure | None:
         return None
     figure = Figure(figsize=(1.1 + 2.75 * len(panels), 0.9 + 0.5 * len(rules) + 0.5))
     axes = np.asarray(figure.subplots(1, len(panels), squeeze=False, sharey=True))[0]
+    several = len(report.points) > 1
     titles = {
         "base": r"$\eta$ base (zeroth-order)",
         "peft": r"$\eta$ PEFT (first-order)",
@@ -491,7 +506,8 @@ def learning_rates(report: Report) -> Figure | None:
     for ax, group in zip(axes, panels):
         for y, rule in enumerate(rules):
             colour = RED if rule == "worst_case" else BLUE
-            for where, offset, fill in (("first", -0.15, "white"), ("envelope", 0.15, colour)):
+            both = (("first", -0.15, "white"), ("envelope", 0.15, colour))
+            for where, offset, fill in both if several else (("envelope", 0.0, colour),):
                 rates = report.rates(rule, where)
                 rate = report.rate(rule, group, where)
                 value = value_of(rate)
@@ -521,8 +537,7 @@ def learning_rates(report: Report) -> Figure | None:
     axes[0].set_yticks(range(len(rules)), [RULES[r] for r in rules])
     axes[0].set_ylim(len(rules) - 0.5, -0.5)
     handles = [
-        Line2D([], [], ls="", marker="o", mfc="white", color="black", label="first point"),
-        Line2D([], [], ls="", marker="o", color="black", label="whole run"),
+        *(Line2D([], [], ls="", marker="o", mfc=m, color="black", label=t) for m, t in WHERE if several),
         Line2D([], [], color=RED, label="worst-case theory"),
         Line2D([], [], color=BLUE, label="measured theory"),
     ]

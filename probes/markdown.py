@@ -40,6 +40,10 @@ def number(x: float | None, digits: int = 3) -> str:
     return f"{mantissa}e{int(exponent)}"  # an ASCII minus: such numbers get copied into configurations
 
 
+def count(x: float) -> str:
+    return f"{x:,.0f}"
+
+
 def interval(ends: Interval | None) -> str:
     return "–" if ends is None else f"{number(ends[0])} to {number(ends[1])}"
 
@@ -154,16 +158,16 @@ def learning_rates(report: Report) -> list[str]:
             if r is None:
                 continue
             value = f"**{number(r.value)}**" if r.value is not None else f"none: {r.note}"
-            rows.append(
-                [name, value, interval(r.interval), found.bound_by.get(group, "–").replace("_", " "), r.covers or "–"]
-            )
+            by = found.bound_by.get(group, "–")
+            rows.append([name, value, interval(r.interval), RULE_NAMES.get(by, by), r.covers or "–"])
         out += ["Recommended, and written to `trainer.toml`:", ""]
         out += table(["", "value", "interval", "bound by", "the interval covers"], rows)
         listed = ", ".join(f"{k} = {v}" for k, v in found.settings.items() if v is not None)
         out += [f"They hold for: {listed}.", ""] if listed else []
     rows = []
     for rule, name in RULE_NAMES.items():
-        for where, words in (("first", "first point"), ("envelope", "whole run")):
+        places = (("first", "first point"), ("envelope", "whole run"))
+        for where, words in places if len(report.points) > 1 else (("envelope", "the one point"),):
             rates = report.rates(rule, where)
             if rates is not None and rates.where == where:
                 rows.append([name, words, rate(rates.base), rate(rates.peft), rate(rates.ratio)])
@@ -183,9 +187,11 @@ def worst_against_measured(report: Report) -> list[str]:
     if worst is None or measured is None or not worst.value or not measured.value:
         return []
     factor = measured.value / worst.value
+    smaller = "smaller" if factor >= 1 else "larger"
+    orders = abs(math.log10(factor))
     return [
-        f"For the base weights the worst case prescribes a rate {number(factor, 2)} times smaller than the measured trace does "
-        f"({math.log10(factor):.1f} orders of magnitude).",
+        f"For the base weights the worst case prescribes a rate {number(10**orders, 2)} times {smaller} than the measured trace does "
+        f"({orders:.1f} orders of magnitude).",
         "",
     ]
 
@@ -196,8 +202,8 @@ def rule_notes(report: Report) -> list[str]:
     for rule, name in RULE_NAMES.items():
         for group, words in GROUP_NAMES.items():
             r = report.rate(rule, group)
-            if r is None:
-                continue
+            if r is None or (group == "ratio" and r.value is not None):
+                continue  # a ratio is the quotient of two rows above it
             if r.value is not None and (r.formula or r.theorem):
                 rows.append([name, words, f"`{r.formula}`", r.theorem or "–", r.uses or "–", r.covers or "–"])
             failed = [h for h in r.hypotheses if not h.holds]
@@ -228,7 +234,7 @@ def warnings(report: Report) -> list[str]:
     return [
         "## Read this before using the numbers",
         "",
-        *(f"- {f'**{w.about}**: ' if w.about else ''}{w.text}" for w in report.warnings),
+        *(f"- {'' if w.text.startswith(w.about) else f'{w.about}: '}{w.text}" for w in report.warnings),
         "",
     ]
 
@@ -270,11 +276,11 @@ def smoothness(report: Report) -> list[str]:
         fit = report.chosen_fit(block.name)
         if fit is None:
             continue
-        verdict = (
-            "yes"
-            if fit.identified
-            else f"**not identified**: {fit.note or f'the norms span a factor {number(fit.span, 2)}'}"
+        verdict = "yes" if fit.identified else "**not identified**"
+        why = (
+            fit.note.removeprefix("L1 not identified").lstrip(": ") or f"the norms span a factor {number(fit.span, 2)}"
         )
+        verdict += "" if fit.identified else f": {why}"
         missed = percent(fit.violation_rate)
         if fit.violation_interval is not None:
             missed += f" ({percent(fit.violation_interval[0])} to {percent(fit.violation_interval[1])})"
@@ -411,11 +417,13 @@ def run(report: Report) -> list[str]:
     out = ["## Reference run", ""]
     if losses:
         out.append(
-            f"{len(losses)} steps, loss {number(losses[0], 4)} at the start and {number(losses[-1], 4)} before the last step."
+            f"{len(losses)} steps, loss {number(losses[0], 4)} after the first and {number(losses[-1], 4)} after the last."
         )
     if rejected:
-        out.append(f"{len(rejected)} steps were taken back and the rates shrunk, because the loss rose.")
-    return [*out, ""]
+        many = "step was" if len(rejected) == 1 else "steps were"
+        out.append(f"{len(rejected)} {many} taken back and a rate halved, because the loss rose.")
+    last = ", ".join(f"{name} {number(eta)}" for name, eta in report.steps[-1].eta.items())
+    return [*out, f"Rates at its end: {last}.", ""]
 
 
 def preflight(report: Report) -> list[str]:
@@ -439,7 +447,7 @@ def preflight(report: Report) -> list[str]:
 def cost(report: Report) -> list[str]:
     costs: dict[str, Cost | None] = {phase: report.cost(phase) for phase in ("estimated", "actual")}
     rows = [
-        [phase, number(c.gradients), number(c.products), number(c.values), seconds(c.seconds), memory(c.memory_bytes)]
+        [phase, count(c.gradients), count(c.products), count(c.values), seconds(c.seconds), memory(c.memory_bytes)]
         for phase, c in costs.items()
         if c is not None
     ]

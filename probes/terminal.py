@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Ta
 from rich.table import Table
 from rich.text import Text
 
-from probes.markdown import RULE_NAMES, estimate, interval, memory, number, seconds
+from probes.markdown import RULE_NAMES, count, estimate, interval, memory, number, seconds
 from probes.records import Cost, Header, Preflight, Rate, Warning
 from probes.report import Report
 
@@ -123,7 +123,7 @@ def cost(estimated: Cost, actual: Cost | None = None) -> RenderableType:
     rows = []
     for c in (estimated, actual):
         if c is not None:
-            calls = [number(c.gradients), number(c.products), number(c.values)]
+            calls = [count(c.gradients), count(c.products), count(c.values)]
             rows.append([c.phase, *calls, seconds(c.seconds), memory(c.memory_bytes)])
     return grid(["cost", "gradients", "products", "forwards", "time", "peak memory"], rows)
 
@@ -202,7 +202,8 @@ def recommended(report: Report) -> list[RenderableType]:
         if rate.value is None:
             table.add_row(Text(name), Text("none", style="yellow"), Text(rate.note))
             continue
-        by = found.bound_by.get(group, "").replace("_", " ")
+        by = found.bound_by.get(group, "")
+        by = RULE_NAMES.get(by, by)
         ends = f"{interval(rate.interval)}" if rate.interval else ""
         table.add_row(
             Text(name),

@@ -254,19 +254,19 @@ def test_resume_with_other_settings_is_refused(quick, tmp_path, monkeypatch):
 # ---- the real probe --------------------------------------------------------------------------------------------------------------
 
 
-def test_doctor_writes_nothing_and_shows_every_check(tmp_path):
-    result = run(*SMALL, "--rows", "16", "--doctor")
+def test_doctor_writes_nothing_and_shows_every_check(tmp_path, gpt2, films):
+    result = run(gpt2, "--data", films, *SMALL, "--doctor")
     assert result.exit_code == 0, result.output
     for text in ("preflight: ok", "same loss twice", "v'Hv, base", "estimated", "torch 2."):
         assert text in result.output
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
-def test_the_embedded_default_end_to_end(tmp_path):
-    result = run(*SMALL, "--rows", "16", "--secants", "8", "--run-steps", "8", "--out", "run")
+def test_a_run_of_the_real_probe_from_the_command_to_its_files(tmp_path, gpt2, films):
+    result = run(gpt2, "--data", films, *SMALL, "--out", "run")
     assert result.exit_code == 0, result.output
     report = Report.load(tmp_path / "run")
     assert report.finished
     assert report.recommendation.base.value > 0
+    assert json.loads((tmp_path / "run" / "report.json").read_text()) == report.json()
     assert (tmp_path / "run" / "figures" / "learning_rates.png").stat().st_size > 10_000
