@@ -74,12 +74,14 @@ def moduli_section(
     return result
 
 
-def rows_section(p: Any, budgets: Any, truths: Any, points: list[int], repeats: int) -> dict[str, dict[str, Any]]:
+def rows_section(
+    p: Any, budgets: Any, truths: Any, points: list[int], repeats: int, tools: tuple[str, ...]
+) -> dict[str, dict[str, Any]]:
     from problem import LAYERS
 
     from tools import ROW, our_rows
 
-    result: dict[str, dict[str, Any]] = {t: {"seconds": []} for t in ("ours", *OPPONENTS)}
+    result: dict[str, dict[str, Any]] = {t: {"seconds": []} for t in ("ours", *tools)}
 
     def theirs(tool: str) -> list[Any]:
         rows = []
@@ -176,6 +178,9 @@ def main() -> None:
     parser.add_argument("--points", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", choices=["product", "modulus", "row", "batches", "memory"], nargs="*")
+    parser.add_argument(
+        "--tools", choices=OPPONENTS, nargs="*", default=list(OPPONENTS), help="fewer opponents: a shorter look"
+    )
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
     enter_environment()
@@ -198,7 +203,7 @@ def main() -> None:
             missed.append(f"one further product costs {median(ratios):.2f} gradients")
     if "modulus" in wanted:
         say("|λ|max of every layer")
-        section = moduli_section(p, budgets, truths, args.repeats, 1, OPPONENTS)
+        section = moduli_section(p, budgets, truths, args.repeats, 1, tuple(args.tools))
         lines += table("|λ|max to 1 % of every layer, one batch", section, TARGETS["|λ|max"], missed)
     if "batches" in wanted:
         say("|λ|max of every layer, four batches")
@@ -206,7 +211,7 @@ def main() -> None:
         lines += table("|λ|max to 1 % of every layer, four batches", section, TARGETS["batches"], missed)
     if "row" in wanted:
         say(f"whole rows at {args.points} points")
-        section = rows_section(p, budgets, truths, points, args.repeats)
+        section = rows_section(p, budgets, truths, points, args.repeats, tuple(args.tools))
         lines += table(f"whole rows at {args.points} points of a run", section, TARGETS["row"], missed)
     if "memory" in wanted:
         lines += [
@@ -215,7 +220,7 @@ def main() -> None:
             "| tool | total | added to model and gradient |",
             "|---|---|---|",
         ]
-        for tool in ("gradient", "ours", *OPPONENTS):
+        for tool in ("gradient", "ours", *args.tools):
             found = peak(tool)
             lines.append(f"| {tool} | {found['total']:.0f} | {found['added']:.0f} |")
         lines.append("")
