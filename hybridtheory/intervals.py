@@ -157,7 +157,7 @@ def bounded_interval(centre: float, half: float, confidence: float = 0.95) -> tu
     x = centre / sd
     mu, low, high = _belt(confidence)
     lower = 0.0 if x <= high[0] else x - z if x >= high[-1] else float(np.interp(x, high, mu))
-    upper = x + z if x >= low[-1] else float(np.interp(x, low, mu))
+    upper = x + z if x >= low[-1] else float(np.interp(x, low[1:], mu[1:]))
     return lower * sd, upper * sd
 
 

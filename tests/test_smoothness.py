@@ -212,6 +212,9 @@ def test_bounded_interval_covers_exactly_for_a_normal_estimate(truth):
     inside = (ends[:, 0] <= truth) & (truth <= ends[:, 1])
     assert np.trapezoid(inside * stats.norm.pdf(x - truth), x) == pytest.approx(0.95, abs=2e-3)
     assert np.all(ends[:, 1] > 0)
+    low, high = bounded_interval(-1e5, z)  # far on the wrong side: short, at zero, never empty
+    assert low == 0
+    assert 0 < high < 0.01
 
 
 def test_lag_correlation_is_close_to_unbiased():
