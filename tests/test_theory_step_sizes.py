@@ -409,6 +409,16 @@ def test_finite_scale_flags_the_grids_edges():
     assert "widen" in rising.step.note
 
 
+def test_a_descent_counts_from_two_standard_errors():
+    for error, significant in ((0.45, True), (0.55, False)):
+        spread = error * 2 / math.sqrt(4 / 3)  # four samples at -1 +- spread have this standard error
+        changes = np.zeros((4, 3))
+        changes[:, 1] = -1 + spread * np.array([1, -1, 1, -1])
+        fs = finite_scale([1.0, 2.0, 4.0], changes, np.ones(4), 1.0, control="unit", n_boot=10)
+        assert fs.stderr[1] == pytest.approx(error)
+        assert fs.significant is significant
+
+
 def test_phi_trace_is_the_trace_of_a_quadratic():
     rng = np.random.default_rng(0)
     u = rng.normal(size=(4000, 7))
