@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import IO
 
 from hybridtheory.errors import UserError
-from probes.jsonl import differences, encode, read_lines, stable
-from probes.records import End, Header, Point, Record, Secant
+from probes.jsonl import decode, differences, encode, read_lines, stable
+from probes.records import End, Epoch, Evaluation, Header, Point, Record, Secant, Step
 
 try:
     import fcntl
@@ -26,7 +26,7 @@ except ImportError:  # no such lock on Windows: two commands on one folder are t
     fcntl = None  # type: ignore[assignment]
 
 RECORDS = "records.jsonl"
-MEASUREMENTS = (Point, Secant)
+MEASUREMENTS = (Point, Secant, Epoch, Step, Evaluation)
 
 
 def _candidates(probe: str, model: str, data: str, root: Path) -> Iterator[Path]:
@@ -83,7 +83,8 @@ def finished(records: Iterable[Record]) -> bool:
 
 
 def _said(record: Record) -> str:
-    return type(record).__name__ + json.dumps(stable(record), sort_keys=True)
+    """What a record says, as it would be read back: 16 in a field of floats is 16.0 in the file."""
+    return type(record).__name__ + json.dumps(stable(decode(encode(record))), sort_keys=True)
 
 
 class RunFolder:

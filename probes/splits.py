@@ -66,7 +66,7 @@ class Splits(Mapping[str, list[Row]]):
     """All rows by split, tokenised when first asked for: training wants them, a measurement of 16 rows does not."""
 
     def __init__(self, source: Source, encoder: Encoder, seed: int) -> None:
-        self._source, self._encoder, self._seed = source, encoder, seed
+        self._source, self.encoder, self._seed = source, encoder, seed
         self._records = split_records(source, seed)
         self._done: dict[str, list[Row]] = {}
 
@@ -74,11 +74,11 @@ class Splits(Mapping[str, list[Row]]):
         if name not in self._done:
             records = self._records[name]
             if self._source.running:
-                rows = [row for r in self._records["train"] for row in self._encoder.running(r["text"])]
+                rows = [row for r in self._records["train"] for row in self.encoder.running(r["text"])]
                 cut = _cut(len(rows))
                 self._done |= {"train": rows[:cut], "test": rows[cut:]}
             else:
-                self._done[name] = encode(self._source, records, self._encoder, None, self._seed)[0]
+                self._done[name] = encode(self._source, records, self.encoder, None, self._seed)[0]
         return self._done[name]
 
     def __iter__(self) -> Iterator[str]:

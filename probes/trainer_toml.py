@@ -3,6 +3,7 @@
 [rates]        eta_base, eta_peft, ratio; a rate that no rule could give is left out, and a comment says why
 [bound_by]     the rule that bound each
 [intervals]    lower and upper end of each, with what it covers as a comment
+[limits]       the rate above which a quadratic of this curvature is unstable, least over the points
 [settings]     what the rates assume: mu, q, direction law, batch size, steps
 [source]       model, data, PEFT and seed of the measurement
 """
@@ -12,6 +13,8 @@ from __future__ import annotations
 import json
 import math
 from typing import TYPE_CHECKING, Any
+
+from probes import rates
 
 if TYPE_CHECKING:
     from probes.report import Report
@@ -37,6 +40,17 @@ def comment(text: str) -> str:
     return "# " + " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
+def limits(report: Report, q: int) -> dict[str, float]:
+    """Stability limits by group, the least over the measured points; a group without its curvature is left out."""
+    found: dict[str, list[float]] = {}
+    for point in report.points:
+        if "base" in point.blocks and not isinstance(low := rates.bracket_lower(point, q), str):
+            found.setdefault("base", []).append(low.value)
+        if "peft" in point.blocks and rates.upper_end(point.blocks["peft"]) > 0:
+            found.setdefault("peft", []).append(2 / rates.upper_end(point.blocks["peft"]))
+    return {group: min(values) for group, values in found.items()}
+
+
 def text(report: Report) -> str:
     """The file. Without a recommendation it says so and carries no rates, rather than a guess."""
     head, found = report.header, report.recommendation
@@ -48,9 +62,9 @@ def text(report: Report) -> str:
     ]
     if found is None:
         return "\n".join([*lines, comment("The run ended before rates could be recommended."), ""])
-    rates = {NAMES[g]: (g, getattr(found, g)) for g in NAMES}
+    given = {NAMES[g]: (g, getattr(found, g)) for g in NAMES}
     lines += ["", "[rates]"]
-    for name, (group, rate) in rates.items():
+    for name, (group, rate) in given.items():
         if rate is None or rate.value is None:
             missing = "pair of rates" if group == "ratio" else f"{group} weights"
             why = rate.note if rate is not None and rate.note else f"this run has no {missing}"
@@ -62,10 +76,17 @@ def text(report: Report) -> str:
         lines.append(f"{name} = {value(rate.value)}" + (f"  {comment('bound by ' + bound)}" if bound else ""))
     lines += ["", "[bound_by]", *(f"{NAMES.get(g, g)} = {value(rule)}" for g, rule in found.bound_by.items())]
     lines += ["", "[intervals]"]
-    for name, (_, rate) in rates.items():
+    for name, (_, rate) in given.items():
         if rate is not None and rate.interval is not None:
             covers = f"  {comment('covers ' + rate.covers)}" if rate.covers else ""
             lines.append(f"{name} = {value(list(rate.interval))}{covers}")
+    if found_limits := limits(report, int(found.settings.get("q", 1))):
+        lines += [
+            "",
+            "[limits]",
+            comment("stability: zeroth-order steps on the base (lower end of the bracket), 2/L on PEFT"),
+        ]
+        lines += [f"{NAMES[g]} = {value(limit)}" for g, limit in found_limits.items()]
     lines += [
         "",
         "[settings]",
