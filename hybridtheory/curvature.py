@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -26,8 +26,9 @@ from hybridtheory.vectors import Tensors, add_, clone, dot, norm, scale_
 
 Matvec = Callable[[Tensors], Tensors]
 
-# A basis up to this many elements (256 MiB in float32) is kept: orthogonality is then exact and Ritz vectors come for free.
-BASIS_ELEMENTS = 1 << 26
+# A basis up to this many elements (512 MiB in float32) is kept: orthogonality is then exact, Ritz vectors come for free, and a trace
+# can leave out what the basis already spans.
+BASIS_ELEMENTS = 1 << 27
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,12 @@ class Lanczos:
     betas: np.ndarray = field(repr=False)  # (k-1,) its off-diagonal
     warm: Tensors | None = field(
         default=None, repr=False
-    )  # sum of the two end Ritz vectors, unit norm: a start for the next point
+    )  # sum of the two end Ritz vectors: a start for the next point
+    last_beta: float = 0.0
+    basis: Tensors | None = field(
+        default=None, repr=False
+    )  # per tensor (k, numel), orthonormal over all tensors together
+    forms: np.ndarray | None = field(default=None, repr=False)  # (k, micro-batches): v_j'H_i v_j of the basis vectors
 
     @property
     def steps(self) -> int:
@@ -176,7 +182,9 @@ def lanczos(
         coefficients = torch.as_tensor(combo / np.linalg.norm(combo))
         warm = [(coefficients.to(r) @ r[: k + 1]).view(shape) for r, shape in zip(stored, shapes, strict=True)]
     ends_found = end_estimate(-1), end_estimate(0)
-    return Lanczos(theta, s[0] ** 2, *ends_found, np.array(alphas), np.array(betas[: len(alphas) - 1]), warm)
+    coefficients_of_T = np.array(alphas), np.array(betas[: len(alphas) - 1])
+    basis_found = [rows[: k + 1] for rows in stored] or None
+    return Lanczos(theta, s[0] ** 2, *ends_found, *coefficients_of_T, warm, beta, basis_found)
 
 
 def _outer(excess: float) -> float:
@@ -242,7 +250,19 @@ def spectrum(
     start = streams.gaussian(block, seed, "lanczos", index)
     if warm is not None:
         start = add_(scale_(start, 1 / norm(start)), warm, 1 / norm(warm))
-    return lanczos(lambda v: hess(v, block), start, mixed=warm is not None, **options)
+    forms: list[list[float]] = []
+
+    def matvec(v: Tensors) -> Tensors:
+        total: Tensors = []
+        forms.append([])
+        for _, (hv,) in hess.each([v], block):
+            forms[-1].append(dot(v, hv))
+            total = add_(total, hv) if total else hv
+        return total
+
+    run = lanczos(matvec, start, mixed=warm is not None, **options)
+    whole = len({len(parts) for parts in forms}) == 1  # not where memory ran out midway and the micro-batches changed
+    return replace(run, forms=np.array(forms) if whole else None)
 
 
 @dataclass(frozen=True)
@@ -263,8 +283,13 @@ def traces(
     max_vectors: int = 128,
     chunk: int | None = None,
     index: int = 0,
+    beside: Lanczos | None = None,
 ) -> dict[str, Traces]:
     """Hutchinson's trace of every block out of shared products: z_b'(Hz)_b with Rademacher z over all ``blocks``.
+
+    ``beside``: a Lanczos run on the same single block, with its basis V. On its span the trace is known (tr V'HV, no product
+    needed), so the vectors sample the rest only: with the extreme eigenvalues gone their variance is what the bulk leaves (the
+    idea of Hutch++, Meyer et al. 2021).
 
     Each sample is unbiased for every block at once; the price is the noise of the coupling between blocks, so PEFT and base blocks
     are measured in separate calls. Two stages, so that the stopping rule cannot bias the answer: ``pilot`` vectors set the number of
@@ -274,6 +299,14 @@ def traces(
     samples: dict[str, list[list[float]]] = {b.name: [] for b in blocks}
     squares: dict[str, list[float]] = {b.name: [] for b in blocks}
     count = 0
+    known = known_sq = 0.0
+    known_parts: np.ndarray | None = None
+    if beside is not None and beside.basis is not None and len(blocks) == 1:
+        known = float(beside.alphas.sum())
+        known_sq = float((beside.alphas**2).sum() + 2 * (beside.betas**2).sum() + beside.last_beta**2)
+        known_parts = None if beside.forms is None else beside.forms.sum(axis=0)
+    else:
+        beside = None
     # Vectors that go through one graph together: as many as fit in half a gigabyte, each with its product.
     size_of_one = sum(t.numel() * t.element_size() for b in blocks for t in b.tensors)
     chunk = chunk or max(1, min(8, (1 << 28) // max(size_of_one, 1)))
@@ -283,6 +316,8 @@ def traces(
         while count < until:
             size = min(chunk, until - count)
             per_block = [[streams.rademacher(b, seed, "trace", index, count + j) for b in blocks] for j in range(size)]
+            if beside is not None:
+                per_block = [[_outside(z, beside.basis or [])] for (z,) in per_block]
             vectors = [[t for part in z for t in part] for z in per_block]
             forms: list[list[list[float]]] = [[[] for _ in blocks] for _ in range(size)]
             totals: list[Tensors] = [[] for _ in range(size)]
@@ -300,7 +335,7 @@ def traces(
     draw(min(pilot, max_vectors))
     wanted = pilot
     for b in blocks:
-        values = np.array([sum(s) for s in samples[b.name]])
+        values = np.array([sum(s) for s in samples[b.name]]) + known
         mean = abs(values.mean())
         # The pilot's own mean may be near zero by chance: what it can at least be told from is its standard error.
         target = tol * max(mean, values.std(ddof=1) / math.sqrt(len(values)), 1e-300)
@@ -312,8 +347,20 @@ def traces(
         cut = {len(parts) for parts in samples[b.name]}
         # Where memory ran out midway the micro-batches changed, and only the sums of the parts still compare.
         forms = np.array(samples[b.name] if len(cut) == 1 else [[sum(parts)] for parts in samples[b.name]])
-        result[b.name] = Traces(mean_estimate(forms.sum(axis=1)), mean_estimate(squares[b.name]), forms)
+        if known_parts is not None and len(known_parts) == forms.shape[1]:
+            forms = forms + known_parts
+        elif beside is not None:
+            forms = forms.sum(axis=1, keepdims=True) + known
+        result[b.name] = Traces(
+            mean_estimate(forms.sum(axis=1)), mean_estimate(np.array(squares[b.name]) + known_sq), forms
+        )
     return result
+
+
+def _outside(z: Tensors, basis: Tensors) -> Tensors:
+    """z minus its part in the span of the basis."""
+    coefficients = torch.stack([rows @ t.reshape(-1) for rows, t in zip(basis, z, strict=True)]).sum(0)
+    return [t - (coefficients @ rows).view_as(t) for rows, t in zip(basis, z, strict=True)]
 
 
 def mean_estimate(values: Sequence[float] | np.ndarray) -> Estimate:

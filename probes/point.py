@@ -227,7 +227,11 @@ def _curvature(
     # No rule rests on an adapter's trace (its steps are first-order), and at B = 0 it is zero: no error bar would ever be small.
     vectors = settings.max_vectors if zeroth else max(settings.max_vectors // 8, 8)
     shares = np.array(hess.oracle.weights) / hess.oracle.total_weight
-    traces = curvature.traces(hess, parts, settings.seed, tol=settings.trace_tol, max_vectors=vectors, index=index)
+    first = _run(hess, group, settings, 1000 * index)
+    traces = curvature.traces(
+        hess, parts, settings.seed, tol=settings.trace_tol, max_vectors=vectors, index=index, beside=first
+    )
+    first = replace(first, basis=None)
     if inner:
         forms = np.sum([traces[b.name].forms for b in inner], axis=0)
         squares = [traces[b.name].trace_sq for b in inner]
@@ -240,20 +244,11 @@ def _curvature(
     made = {}
     for block in [group, *inner]:
         whole = block is group
-        runs = [
-            curvature.spectrum(
-                hess,
-                block,
-                settings.seed,
-                1000 * index + run,
-                warm=None if whole or run else warm.get(block.name),
-                max_steps=settings.max_steps if run == 0 else min(settings.max_steps, 12),
-                tol=settings.end_tol if run == 0 else 0.5,
-                failure=settings.failure,
-                bound=BOUND if whole and run == 0 else math.inf,
-            )
-            for run in range(settings.density_runs if whole and zeroth else 1)
-        ]
+        if whole:
+            more = range(1, settings.density_runs if zeroth else 1)
+            runs = [first, *(_run(hess, block, settings, 1000 * index + run, few=True) for run in more)]
+        else:
+            runs = [_run(hess, block, settings, 1000 * index, warm.get(block.name), bounded=False)]
         if runs[0].warm is not None:
             ends[block.name] = runs[0].warm
         mixed = not whole and block.name in warm
@@ -276,6 +271,29 @@ def _curvature(
             rows_stderr=_jackknife(forms if whole else traces[block.name].forms, shares),
         )
     return made
+
+
+def _run(
+    hess: Products,
+    block: Block,
+    settings: Settings,
+    index: int,
+    warm: Tensors | None = None,
+    few: bool = False,
+    bounded: bool = True,
+) -> curvature.Lanczos:
+    """Lanczos until both ends are resolved; ``few``: the dozen steps that another sample of the density needs."""
+    return curvature.spectrum(
+        hess,
+        block,
+        settings.seed,
+        index,
+        warm=warm,
+        max_steps=min(settings.max_steps, 12) if few else settings.max_steps,
+        tol=0.5 if few else settings.end_tol,
+        failure=settings.failure,
+        bound=BOUND if bounded and not few else math.inf,
+    )
 
 
 def _along_gradient(

@@ -141,6 +141,21 @@ def test_traces_of_all_blocks_out_of_shared_products() -> None:
         assert trace.resolved
 
 
+def test_trace_beside_a_lanczos_run_is_unbiased_and_far_less_noisy() -> None:
+    H = spectrum_matrix(DECAY)
+    oracle, blocks = _single(H)
+    with oracle.products() as hess:
+        run = spectrum(hess, blocks[0], seed=0)
+        plain = traces(hess, blocks, seed=0, pilot=64, max_vectors=64)["base"]
+        beside = traces(hess, blocks, seed=0, pilot=64, max_vectors=64, beside=run)["base"]
+    for found, exact in ((beside.trace, float(DECAY.sum())), (beside.trace_sq, float((DECAY.double() ** 2).sum()))):
+        assert found.stderr is not None
+        assert abs(found.value - exact) <= 5 * found.stderr
+    assert plain.trace.stderr is not None and beside.trace.stderr is not None
+    assert beside.trace.stderr < plain.trace.stderr / 2
+    assert beside.forms.sum(axis=1).mean() == pytest.approx(beside.trace.value, rel=1e-12)
+
+
 def test_trace_forms_split_by_micro_batch() -> None:
     oracle, blocks = language_oracle(rows=2, ragged=True)
     with oracle.products() as hess:
