@@ -49,7 +49,7 @@ download. It exists to be measured, not to be used: it knows film reviews, presi
 | tokenizer | byte-level BPE, {vocabulary} tokens; every text starts with `{bos}` |
 | text | film snippets (train split of `../sentiment`), State-of-the-Union addresses since 1900, Moby-Dick |
 | prompts | a quarter of the snippets end in " It was" and " great" or " terrible" **by coin**: no label was used |
-| tokens seen | {tokens:,} in {steps} steps, {minutes:.0f} minutes on one CPU core |
+| tokens seen | {tokens:,} in {steps} steps, about {minutes:.0f} minutes of one core |
 | loss on the film snippets, nats a token | train {train:.3f}, dev {dev:.3f}, **test {test:.3f}** |
 | unigram model on the same test tokens | {unigram:.3f} (fitted on train, add-one); ratio **{ratio:.3f}** |
 
@@ -185,7 +185,7 @@ def main() -> None:
     sources = {"film": tokens["train"], "prose": prose_tokens}
     answers = [tokenizer(PROMPT + answer, add_special_tokens=False)["input_ids"] for answer in ANSWERS]
     endings = {"film": answers, "prose": []}
-    best, start, seen = math.inf, time.monotonic(), 0
+    best, start, seen = math.inf, time.process_time(), 0
     for step in range(1, args.steps + 1):
         rows = []
         for _ in range(args.rows):
@@ -204,7 +204,7 @@ def main() -> None:
         seen += ids[:, 1:].numel()
         if step % args.check == 0 or step == args.steps:
             dev = loss_of(model, tokens["dev"], tokenizer.pad_token_id)
-            minutes = (time.monotonic() - start) / 60
+            minutes = (time.process_time() - start) / 60
             print(f"step {step}: batch {loss.item():.3f}, dev {dev:.3f}, {minutes:.1f} min", flush=True)
             if dev < best:
                 best, kept = dev, {name: value.clone() for name, value in model.state_dict().items()}
@@ -220,7 +220,7 @@ def main() -> None:
     card = CARD.format(
         parameters=parameters, layers=args.layers, width=args.width, heads=args.heads, context=LENGTH,
         vocabulary=VOCABULARY, bos=BOS, tokens=kept_seen, steps=kept_step,
-        minutes=(time.monotonic() - start) / 60, unigram=unigram, ratio=losses["test"] / unigram, **losses,
+        minutes=(time.process_time() - start) / 60, unigram=unigram, ratio=losses["test"] / unigram, **losses,
     )  # fmt: skip
     (args.out / "README.md").write_text(card, encoding="utf-8")
     print(f"kept step {kept_step}: {losses}, unigram {unigram:.3f}, ratio {losses['test'] / unigram:.3f}")
