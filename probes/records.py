@@ -555,8 +555,29 @@ class End:
 
 
 Record = (
-    Header | Preflight | Point | Secant | TrainStep | Fit | Rates | Recommendation | Estimator | Budget | Allocation | Epoch | Step
-    | Evaluation | Outcome | Trajectory | Descent | Constants | Exponent | Checked | Cost | Warning | End
+    Header
+    | Preflight
+    | Point
+    | Secant
+    | TrainStep
+    | Fit
+    | Rates
+    | Recommendation
+    | Estimator
+    | Budget
+    | Allocation
+    | Epoch
+    | Step
+    | Evaluation
+    | Outcome
+    | Trajectory
+    | Descent
+    | Constants
+    | Exponent
+    | Checked
+    | Cost
+    | Warning
+    | End
 )  # each is one kind of line
 
 KINDS: dict[str, type[Any]] = {

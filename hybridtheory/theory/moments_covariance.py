@@ -20,7 +20,7 @@ from hybridtheory.theory.checks import count, nonnegative, positive
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Eigenvalues λ > 0 of Σ, shape (n,), how often each occurs, and ‖P_λ g‖² in each eigenspace. λ = 0 is left out: u has no part there."""
+    """Eigenvalues λ > 0 of Σ, shape (n,), how often each occurs, and ‖P_λ g‖² in each eigenspace (u has no part where λ = 0)."""
 
     value: NDArray[np.float64]
     count: NDArray[np.float64]
