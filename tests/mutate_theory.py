@@ -39,6 +39,7 @@ SPARED = {
     ("sign_mean", "np.clip(v / norm, -1, 1)"): "the same",
     ("stability_bracket", "1 + 1e-09"): "room for rounding",
     ("", "brentq(lambda v: v - math.exp(-v), 0.5, 0.6, xtol=1e-15)"): "ends of a root search",
+    ("_least", "np.where(root != 0, root, 1.0)"): "stands in for a divisor whose quotient is not used",
     ("gradient_radius", "top / 2"): "how fast the search comes in, and its first guess of an end that brentq refines",
 }
 KEYWORDS = {"axis", "ddof", "rtol", "xtol", "size", "n_boot", "seed", "confidence", "keepdims"}

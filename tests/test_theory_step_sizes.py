@@ -9,7 +9,7 @@ import pytest
 from hybridtheory.errors import UserError
 from hybridtheory.theory import step_sizes as ss
 from hybridtheory.theory.checks import OutsideTheorem, at_most, check_bound, check_prediction, inside
-from hybridtheory.theory.finite_scale import finite_scale, flat_scale, phi_trace, tail_limited
+from hybridtheory.theory.finite_scale import finite_scale, flat_scale, least, phi_trace, tail_limited
 from hybridtheory.theory.generalized import gorbunov_step, vankov_decrease, vankov_step, zhang_step
 from hybridtheory.theory.recommend import Curvature, block_rules, capped, envelope, recommend_base, recommend_peft
 from hybridtheory.theory.stability import stability_bracket, stability_root
@@ -100,6 +100,7 @@ def test_tail_limited_step_leaves_the_region_as_often_as_it_says(q):
     slopes = math.sqrt(g_sq + variance) * rng.standard_normal((runs, T, q))
     left = (eta * np.sqrt((slopes**2).sum(2)) / q > scale).any(1)
     assert abs(left.mean() - failure) <= 5 * math.sqrt(failure * (1 - failure) / runs)
+    assert tail_limited(scale, g_sq, T, 0.9, variance, q).value > eta
     if q == 1:
         rough = scale / math.sqrt(5.0 * 2 * math.log(2 * T / failure))
         assert rough < eta < 1.3 * rough
@@ -346,7 +347,16 @@ def test_finite_scale_interpolation_is_exact_without_noise():
     assert fs.step.value == pytest.approx(1 / 7.3, rel=1e-9)
     assert fs.least == pytest.approx(-0.5 / 7.3, rel=1e-9)
     cubic = -etas + 2 * etas**3
-    assert finite_scale(etas, np.tile(cubic, (5, 1)), c, 1.0).step.value == pytest.approx(1 / math.sqrt(6), rel=1e-9)
+    fs = finite_scale(etas, np.tile(cubic, (5, 1)), c, 1.0)
+    assert fs.step.value == pytest.approx(1 / math.sqrt(6), rel=1e-9)
+    assert fs.least == pytest.approx(-2 / 3 / math.sqrt(6), rel=1e-9)
+    # The second and the last but one point of the grid are inside too, and three points are enough.
+    for grid in (etas[4:], etas[:7], np.array([0.1, 0.3, 0.6])):
+        value, edge = least(grid, -grid + 0.5 * grid**2 / 0.2)
+        assert value == pytest.approx(0.2, rel=1e-9)
+        assert not edge
+    assert least([1.0, 2.0, 4.0], [-1.0, 0.0, 1.0]) == (1.0, True)
+    assert least([1.0, 2.0, 4.0], [1.0, 0.0, -1.0]) == (4.0, True)
 
 
 def test_control_variate_pays_and_pairs_are_needed():
@@ -493,12 +503,16 @@ def test_block_rules_use_the_positive_part_or_say_why_not():
         (lambda: stability_root([1.0, 2.0], [1.0]), "one length"),
         (lambda: stability_root([1.0], [-1.0]), "weights"),
         (lambda: zhang_step(0.0, 1.0, 0.0), "L0 \\+ L1"),
+        (lambda: least([1.0, 2.0], [1.0, 2.0]), "3 or more"),
+        (lambda: least([1.0, 2.0, 3.0], [1.0, math.nan, 2.0]), "finite change"),
+        (lambda: least(np.ones((3, 3)), np.ones((3, 3))), "3 or more"),
         (lambda: ss.coupled_trace(1.0, 2.0, 1.0, 2.0, 3, 3), "L_y > B"),
         (lambda: tail_limited(0.1, 1.0, 10, 1.0), "failure probability"),
         (lambda: tail_limited(0.0, 1.0, 10), "scale > 0"),
         (lambda: flat_scale([2.0, 1.0], np.ones((3, 2)), np.ones((3, 2))), "increasing"),
         (lambda: flat_scale([1.0, 2.0], np.zeros((3, 2)), np.zeros((3, 2))), "implied trace of 0"),
         (lambda: phi_trace([1.0, 2.0], np.ones((3, 2)), np.ones((3, 3))), "n_dirs >= 2"),
+        (lambda: phi_trace([1.0, 2.0], np.ones((1, 2)), np.ones((1, 2))), "n_dirs >= 2"),
         (lambda: finite_scale([1, 2], np.zeros((5, 2)), np.ones(5), 1.0), "at least 3"),
         (lambda: finite_scale([1, 2, 3], np.zeros((3, 3)), np.ones(3), 1.0), "n_dirs"),
         (lambda: finite_scale([1, 2, 3], np.full((5, 3), np.nan), np.ones(5), 1.0), "not finite"),
