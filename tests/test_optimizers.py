@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -38,9 +39,13 @@ OPTIONS = {
     "lozo": {"law": LOZO(rank=2, refresh=5)},
     "hybrid-lozo": {"law": LOZO(rank=2, refresh=5)},
     "hizoo": {"smoothing": 1e-3},
+    "galore": {"rank": 2},
     "tezo": {"law": TeZO(rank=3)},
 }
-every = pytest.mark.parametrize("name", list(METHODS))
+AVAILABLE = [
+    name for name in METHODS if name != "galore" or find_spec("galore_torch")
+]  # its package is not a requirement
+every = pytest.mark.parametrize("name", AVAILABLE)
 
 
 def make(name, net, base, peft, seed=0, **more):
@@ -581,7 +586,7 @@ def test_low_precision_needs_a_master_copy(dtype):
 def test_a_loss_that_is_not_finite_leaves_everything_as_it_was():
     net, base, peft, closure = tied()
     before = values(net)
-    for name in METHODS:
+    for name in AVAILABLE:
         optimizer = make(name, net, base, peft)
         with pytest.raises(NonFiniteLoss, match="unchanged"):
             optimizer.step(lambda backward=False: closure(backward) * math.nan)
@@ -594,6 +599,9 @@ def test_wrong_use_is_one_clear_sentence():
     net, base, peft, _ = tied()
     with pytest.raises(UserError, match="no method 'mezzo'"):
         build("mezzo", net, base, peft)
+    if not find_spec("galore_torch"):
+        with pytest.raises(UserError, match="pip install galore-torch"):
+            build("galore", net, base, peft, lr_base=1e-3, rank=2)
     with pytest.raises(UserError, match="needs a PEFT block"):
         build("hybrid", net, base, None, lr_base=1e-6, lr_peft=1e-3)
     with pytest.raises(UserError, match="--lr-base"):
@@ -627,3 +635,21 @@ def test_masks_thresholds_are_part_of_the_checkpoint():
     again.load_state_dict(state)
     assert again.param_groups[0]["law"].thresholds == first.param_groups[0]["law"].thresholds
     assert isinstance(again.param_groups[0]["law"], MagnitudeMask)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_accelerate_and_torchs_schedulers_drive_it():
+    from accelerate import Accelerator
+
+    runs = []
+    for wrapped in (False, True):
+        net, base, peft, closure = tied()
+        optimizer = make("hybrid-adamw", net, base, peft, seed=3)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 6)
+        driver = Accelerator(cpu=True).prepare(optimizer) if wrapped else optimizer
+        for _ in range(5):
+            driver.step(closure)
+            scheduler.step()
+        runs.append(values(net))
+        assert optimizer.param_groups[1]["lr"] < 3e-2
+    assert equal(*runs)

@@ -16,7 +16,7 @@ from hybridtheory.optimizers.adamu import AdaMU
 from hybridtheory.optimizers.base import ZeroOrder
 from hybridtheory.optimizers.bilevel import BilevelZOFO
 from hybridtheory.optimizers.conservative import Conservative
-from hybridtheory.optimizers.first_order import lora_plus
+from hybridtheory.optimizers.first_order import galore, lora_plus
 from hybridtheory.optimizers.hizoo import HiZOO
 from hybridtheory.optimizers.hybrid import Hybrid
 from hybridtheory.optimizers.mezo import MeZO
@@ -50,6 +50,7 @@ METHODS: dict[str, Method] = {
     "peft-sgd": Method(Hybrid, "fo", "peft"),
     "peft-adamw": Method(Hybrid, "fo", "peft", None, (("rule", "adamw"),)),
     "lora-plus": Method(Hybrid, "fo", "peft", None, (("rule", "adamw"),)),
+    "galore": Method(Hybrid, "fo", "base", None, (("rule", "galore"),)),
     "mezo": Method(MeZO, "zo", "base"),
     "mezo-peft": Method(MeZO, "zo", "peft"),
     "subzero": Method(MeZO, "zo", "base", lambda blocks: SubZero()),
@@ -78,10 +79,12 @@ def build(
     lr_peft: float | None = None,
     seed: int = 0,
     ratio: float = 16.0,
+    rank: int = 128,
     law: Law | None = None,
     **options: Any,
 ) -> ZeroOrder:
-    """The method ``name`` on these blocks. ``law`` replaces the method's own; ``ratio`` is LoRA+'s; other options go to the optimizer."""
+    """The method ``name`` on these blocks. ``law`` replaces the method's own; ``ratio`` is LoRA+'s and ``rank``
+    GaLore's; other options go to the optimizer."""
     if name not in METHODS:
         raise UserError(f"there is no method {name!r}: choose from {', '.join(METHODS)}")
     method = METHODS[name]
@@ -97,6 +100,9 @@ def build(
         kind = {"zo": "zo", "fo": "fo", "hybrid": "zo" if label == "base" else "fo"}[method.kind]
         if name == "lora-plus":
             groups += lora_plus(block, lr, ratio)
+            continue
+        if name == "galore":
+            groups += galore(block, lr, rank)
             continue
         groups.append({"block": block, "kind": kind, "lr": lr})
         chosen = law or (method.law([block]) if method.law else None)

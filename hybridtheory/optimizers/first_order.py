@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,23 @@ import torch
 from hybridtheory.blocks import Block
 from hybridtheory.errors import UserError
 
-RULES: dict[str, type[torch.optim.Optimizer]] = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
+
+def _galore() -> Callable[..., torch.optim.Optimizer]:
+    try:
+        from galore_torch import GaLoreAdamW  # type: ignore[import-not-found]
+    except ImportError as error:
+        raise UserError(
+            f"the method galore uses the package galore-torch and its bitsandbytes: pip install galore-torch ({error})"
+        ) from error
+    return partial(GaLoreAdamW, no_deprecation_warning=True)
+
+
+RULES: dict[str, Callable[[], Callable[..., torch.optim.Optimizer]]] = {
+    "sgd": lambda: torch.optim.SGD,
+    "adamw": lambda: torch.optim.AdamW,
+    "galore": _galore,
+}
+_GALORE = ("rank", "update_proj_gap", "scale", "proj_type")
 
 
 class FirstOrder:
@@ -23,9 +40,8 @@ class FirstOrder:
             raise UserError(f"the first-order rule must be one of {', '.join(RULES)}, got {rule!r}")
         self.owner = owner
         groups = [g for g in owner.param_groups if g["kind"] == "fo"]
-        self.inner = RULES[rule](
-            [{"params": g["params"], "lr": g["lr"], "weight_decay": g["weight_decay"]} for g in groups], **options
-        )
+        passed = ("params", "lr", "weight_decay", *_GALORE)
+        self.inner = RULES[rule]()([{k: g[k] for k in passed if k in g} for g in groups], **options)
         for group, own in zip(groups, self.inner.param_groups, strict=True):
             for name, value in own.items():
                 group.setdefault(name, value)
@@ -67,3 +83,23 @@ def lora_plus(block: Block, lr: float, ratio: float = 16.0) -> list[dict[str, An
         {"block": Block(f"{block.name}.A", block.group, a, {}, block.info), "kind": "fo", "lr": lr},
         {"block": Block(f"{block.name}.B", block.group, b, {}, block.info), "kind": "fo", "lr": lr * ratio},
     ]
+
+
+def galore(
+    block: Block, lr: float, rank: int = 128, update_proj_gap: int = 200, scale: float = 0.25
+) -> list[dict[str, Any]]:
+    """GaLore (Zhao et al. 2024, arXiv 2403.03507): groups in which the gradients of matrices are projected to ``rank``, the rest not.
+
+    The rule itself is the authors' package, as a baseline.
+    """
+    matrices = {n: p for n, p in block.parameters.items() if p.dim() == 2 and min(p.shape) > rank}
+    rest = {n: p for n, p in block.parameters.items() if n not in matrices}
+    if not matrices:
+        raise UserError(
+            f"GaLore projects matrices to rank {rank}, and block {block.name!r} has none that is larger: lower the rank"
+        )
+    projection = {"rank": rank, "update_proj_gap": update_proj_gap, "scale": scale, "proj_type": "std"}
+    groups = [{"block": Block(f"{block.name}.matrices", block.group, matrices), "kind": "fo", "lr": lr, **projection}]
+    return groups + (
+        [{"block": Block(f"{block.name}.rest", block.group, rest), "kind": "fo", "lr": lr}] if rest else []
+    )
