@@ -1,0 +1,288 @@
+"""What one hybrid step does to the loss on average, at the current parameters: measured from forward passes, beside what Identity Q says
+from infinitesimal curvature and what a finite-scale curve says that was fitted on other directions.
+
+    base   f(x - s η_x c u, y) - f        averaged over Gaussian u, c = <g_x, u>
+    peft   f(x, y - s η_y g_y) - f
+    both   f(x - s η_x c u, y - s η_y g_y) - f        the same directions, so that what coupling adds is sharp
+
+at fractions s of the step. The slope is the exact derivative (the gradient is known); what a finite difference of size mu would
+have measured along the same directions is reported beside it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from hybridtheory import streams
+from hybridtheory.blocks import Block
+from hybridtheory.curvature import mean_estimate
+from hybridtheory.errors import UserError
+from hybridtheory.estimate import Estimate
+from hybridtheory.estimators.streams import Key, numpy_generator
+from hybridtheory.oracle import Oracle
+from hybridtheory.theory.checks import Hypothesis, positive
+from hybridtheory.theory.descent import Mean, biased_slope, directions_needed, fitted_changes, mean_change, miss
+from hybridtheory.theory.one_step import OneStep, identity_q
+from hybridtheory.vectors import Tensors, add_, dot, scale
+
+# Fractions of the step at which other directions are looked at; none is a fraction that is predicted.
+FITTED_AT = (0.25, 0.5, 0.9)
+PILOT, LEAST_OTHER = 12, 16
+
+
+@dataclass(frozen=True)
+class StepChange:
+    """One step of `what` ("base", "peft", "both") at `factor` of the rates: the mean change of the loss and two predictions.
+
+    broken: the parts of measured - quadratic, each as a hypothesis, and the largest in words.
+    """
+
+    what: str
+    factor: float
+    measured: Mean
+    quadratic: Mean
+    fitted: Mean
+    hypotheses: tuple[Hypothesis, ...] = ()
+    broken: str = ""
+
+
+@dataclass(frozen=True)
+class Local:
+    """First and second derivatives that one step meets: ‖g_x‖², g_x'H_xx g_x, tr H_xx, and so on; 0 for a block that is not there.
+
+    slope_error: root mean square of (finite difference of size mu - derivative)/‖g_x‖; kink: mean of u'H_mu u - u'Hu on the same
+    directions, where u'H_mu u is the second difference of size mu.
+    """
+
+    loss: float
+    gx_sq: float = 0.0
+    gy_sq: float = 0.0
+    xHx: float = 0.0
+    yHy: float = 0.0
+    xHy: float = 0.0
+    trace: Estimate = field(default_factory=lambda: Estimate(0.0, stderr=0.0))
+    slope_error: float = 0.0
+    kink: Estimate = field(default_factory=lambda: Estimate(0.0, stderr=0.0))
+    kink_peft: float = 0.0
+
+    def step(self, eta_x: float, eta_y: float, d: int) -> OneStep:
+        """Identity Q for Gaussian directions and exact slopes."""
+        return identity_q(eta_x, eta_y, self.gx_sq, self.gy_sq, d, self.trace.value, self.xHx, self.yHy, self.xHy)
+
+
+def one_step(
+    oracle: Oracle,
+    base: Block | None,
+    peft: Block | None,
+    eta_base: float,
+    eta_peft: float,
+    factors: Sequence[float] = (0.03, 0.1, 0.3, 1.0),
+    trace: Estimate | None = None,
+    seed: int = 0,
+    index: int = 0,
+    mu: float = 1e-3,
+    difference: str = "central",
+    precision: float = 0.03,
+    most: int = 400,
+    curved: int = 8,
+) -> tuple[Local, list[StepChange]]:
+    """Measure the mean one-step change at each factor of the rates, for base alone, PEFT alone and both.
+
+    trace      tr H_xx where it is known already; otherwise `curved` directions (with a product each) estimate it.
+    difference "central", "forward" or "exact": the slope whose error is reported; the steps measured here have exact slopes.
+    precision  relative standard error at which the number of directions stops (two stages; at most `most`).
+    curved     directions along which the finite difference and the second difference of size mu are compared with derivatives.
+    Raises UserError for rates that are not positive numbers, a loss that is not finite, or a zero gradient of every block.
+    """
+    base, peft = (b if b is not None and eta > 0 else None for b, eta in ((base, eta_base), (peft, eta_peft)))
+    positive("one step", mu=mu, precision=precision, **({"lr_base": eta_base} if base else {}), **({"lr_peft": eta_peft} if peft else {}))
+    if base is None and peft is None:
+        raise UserError("there is no step to measure: give a positive rate for a block that the model has")
+    probe = _Probe(oracle, base, peft, eta_base if base else 0.0, eta_peft if peft else 0.0, seed, index)
+    local = probe.local(trace, mu, difference, max(curved, 2))
+    if not math.isfinite(local.loss) or local.gx_sq + local.gy_sq == 0:
+        raise UserError(f"no step can be measured: the loss is {local.loss} and the squared gradient {local.gx_sq + local.gy_sq:.3g}")
+    return local, probe.changes(local, list(factors), precision, most)
+
+
+class _Probe:
+    """The state of one call: blocks, rates and their gradients at the current parameters."""
+
+    def __init__(
+        self, oracle: Oracle, base: Block | None, peft: Block | None, eta_x: float, eta_y: float, seed: int, index: int
+    ) -> None:
+        self.oracle, self.base, self.peft = oracle, base, peft
+        self.eta_x, self.eta_y, self.seed, self.index = eta_x, eta_y, seed, index
+        self.blocks = [b for b in (base, peft) if b is not None]
+        self.loss = oracle.value()
+        gradients = dict(zip([b.group for b in self.blocks], oracle.gradient(*self.blocks), strict=True))
+        self.g_x: Tensors = gradients.get("base", [])
+        self.g_y: Tensors = gradients.get("peft", [])
+        self.size = math.sqrt(dot(self.g_x, self.g_x))
+
+    # ---- derivatives ----
+
+    def local(self, trace: Estimate | None, mu: float, difference: str, curved: int) -> Local:
+        found: dict[str, float] = {"gx_sq": self.size**2, "gy_sq": dot(self.g_y, self.g_y)}
+        forms: list[float] = []
+        with self.oracle.products(*self.blocks) as hess:
+            if self.base is not None:
+                parts = hess(self.g_x, self.base, self.blocks)
+                found["xHx"] = dot(self.g_x, parts[: len(self.g_x)])
+                found["xHy"] = dot(self.g_y, parts[len(self.g_x) :])
+                for j in range(curved):
+                    u = streams.gaussian(self.base, self.seed, "one step, curvature", self.index, j)
+                    forms.append(dot(u, hess(u, self.base)))
+            if self.peft is not None:
+                found["yHy"] = dot(self.g_y, hess(self.g_y, self.peft))
+        errors, kinks = [], []
+        for j, form in enumerate(forms):
+            assert self.base is not None
+            u = streams.gaussian(self.base, self.seed, "one step, curvature", self.index, j)
+            up, down = (self._moved(u, by) for by in (mu, -mu))
+            slope = {"central": (up - down) / (2 * mu), "forward": up / mu}.get(difference)
+            errors.append(0.0 if slope is None else slope - dot(self.g_x, u))
+            kinks.append((up + down) / mu**2 - form)
+        if self.base is not None:
+            found["slope_error"] = math.sqrt(float(np.mean(np.square(errors)))) / self.size if self.size else 0.0
+        return Local(
+            self.loss, **found, trace=trace or mean_estimate(forms or [0.0, 0.0]), kink=mean_estimate(kinks or [0.0, 0.0]),
+            kink_peft=self._kink_peft(found.get("yHy", 0.0)),
+        )  # fmt: skip
+
+    def _kink_peft(self, yHy: float) -> float:
+        """Second difference of f along g_y less g_y'H_yy g_y, at a hundredth of the step: what kinks add."""
+        if self.peft is None or not self.g_y:
+            return 0.0
+        by = 0.03 * self.eta_y
+        up, down = (self._change(None, 0.0, sign * by) for sign in (1, -1))
+        return (up + down) / by**2 - yHy
+
+    def _moved(self, u: Tensors, by: float) -> float:
+        assert self.base is not None
+        with self.oracle.moved(self.base, u, by):
+            return self.oracle.value() - self.loss
+
+    # ---- changes ----
+
+    def _change(self, u: Tensors | None, by_x: float, by_y: float) -> float:
+        """f(x - by_x u, y - by_y g_y) - f."""
+        direction: Tensors = []
+        blocks: list[Block] = []
+        if u is not None and self.base is not None:
+            blocks, direction = [self.base], scale(u, by_x)
+        if by_y and self.peft is not None:
+            blocks, direction = [*blocks, self.peft], [*direction, *scale(self.g_y, by_y)]
+        with self.oracle.moved(blocks, direction, -1.0):
+            return self.oracle.value() - self.loss
+
+    def _direction(self, purpose: str, j: int) -> tuple[Tensors, float]:
+        """(u, z) with <g, u> = ‖g‖ z and z from the size-biased law (see `theory.descent`)."""
+        assert self.base is not None
+        rng = numpy_generator(Key(self.seed, self.index, j), f"one step, slope/{purpose}")
+        z = biased_slope(float(rng.uniform()), rng.standard_normal(3))
+        u = streams.gaussian(self.base, self.seed, f"one step/{purpose}", self.index, j)
+        own = dot(u, self.g_x) / self.size
+        return add_(u, self.g_x, (z - own) / self.size), z
+
+    def changes(self, local: Local, factors: list[float], precision: float, most: int) -> list[StepChange]:
+        peft = [self._change(None, 0.0, s * self.eta_y) if self.peft is not None else 0.0 for s in factors]
+        peft_fit = [self._change(None, 0.0, s * self.eta_y) if self.peft is not None else 0.0 for s in FITTED_AT]
+        measured: dict[str, list[Mean]] = {}
+        fitted: dict[str, list[Mean]] = {}
+        start_y = -self.eta_y * local.gy_sq
+        if self.peft is not None:
+            measured["peft"] = [Mean(v, 0.0, 1) for v in peft]
+            fitted["peft"] = fitted_changes(FITTED_AT, [peft_fit], start_y, factors)
+        if self.base is not None and self.size > 0:
+            alone, joint = self._stages("measured", factors, peft, precision, most)
+            measured["base"] = alone
+            # Enough other directions that their error stays within a few percent of the largest step too.
+            other = max(LEAST_OTHER, max(m.n for m in alone) // 2)
+            own, extra = self._samples("fitted", FITTED_AT, peft_fit, range(other), range(other))
+            z_sq = np.square(own[1])
+            start_x = -self.eta_x * local.gx_sq
+            fitted["base"] = fitted_changes(FITTED_AT, own[0] / z_sq[:, None], start_x, factors)
+            if self.peft is not None:
+                measured["both"] = [a + j + Mean(p, 0.0, 1) for a, j, p in zip(alone, joint, peft, strict=True)]
+                cross = fitted_changes(FITTED_AT, extra[0] / z_sq[:, None], 0.0, factors)
+                fitted["both"] = [a + b + c for a, b, c in zip(fitted["base"], fitted["peft"], cross, strict=True)]
+        found = []
+        for what in [w for w in ("base", "peft", "both") if w in measured]:
+            for i, s in enumerate(factors):
+                interplay = measured["both"][i].value - measured["base"][i].value - peft[i] if what == "both" else 0.0
+                found.append(self._compared(local, what, s, measured[what][i], fitted[what][i], interplay))
+        return found
+
+    def _compared(self, local: Local, what: str, s: float, measured: Mean, fitted: Mean, interplay: float) -> StepChange:
+        eta_x = s * self.eta_x if what != "peft" else 0.0
+        eta_y = s * self.eta_y if what != "base" else 0.0
+        d = self.base.numel if self.base is not None else 1
+        step = local.step(eta_x, eta_y, d)
+        bend = 0.5 * eta_x**2 * local.gx_sq
+        error = bend * (local.trace.stderr or 0.0)
+        kinks = 0.5 * eta_y**2 * local.kink_peft
+        if local.kink.stderr is not None and abs(local.kink.value) > 2 * local.kink.stderr:
+            kinks += bend * local.kink.value
+        coupling = interplay - step.coupling if what == "both" else 0.0
+        tolerance = 0.1
+        tested, words = miss(measured, step.change, kinks, coupling, tolerance)
+        return StepChange(what, s, measured, Mean(step.change, error, local.trace.n), fitted, tested, words)
+
+    def _stages(
+        self, purpose: str, factors: list[float], peft: list[float], precision: float, most: int
+    ) -> tuple[list[Mean], list[Mean]]:
+        """Per factor: mean change of the base alone, and what moving PEFT too adds to base and PEFT. A pilot sets the numbers."""
+        first = range(min(PILOT, most))
+        (h, z), (extra, _) = self._samples(purpose, factors, peft, first, first)
+        columns, joint = [list(c) for c in h.T], [list(c) for c in extra.T]
+        aim = 0.85 * precision  # a pilot's standard error is itself uncertain
+        wanted = [directions_needed(mean_change(c, z), aim, most) for c in columns]
+        total = [m.value + p for m, p in zip([mean_change(c, z) for c in columns], peft, strict=True)]
+        wanted_joint = [0] * len(factors)
+        if self.peft is not None:
+            for i, c in enumerate(joint):
+                m = mean_change(c, z)
+                # The joint mean is judged against the joint change, and half of its error budget is the base's.
+                wanted_joint[i] = directions_needed(Mean(0.7 * (total[i] + m.value), m.stderr, m.n), aim, most)
+        slopes = [list(z) for _ in factors]
+        slopes_joint = [list(z) for _ in factors]
+        for j in range(len(first), max(wanted + wanted_joint)):
+            needed = [i for i in range(len(factors)) if j < max(wanted[i], wanted_joint[i])]
+            both = range(j, j + 1) if any(j < wanted_joint[i] for i in needed) else range(0)
+            (row, z_j), (more, _) = self._samples(
+                purpose, [factors[i] for i in needed], [peft[i] for i in needed], range(j, j + 1), both
+            )
+            for place, i in enumerate(needed):
+                columns[i].append(row[0, place])
+                slopes[i].append(z_j[0])
+                if len(more) and j < wanted_joint[i]:
+                    joint[i].append(more[0, place])
+                    slopes_joint[i].append(z_j[0])
+        alone = [mean_change(c, s) for c, s in zip(columns, slopes, strict=True)]
+        if self.peft is None:
+            return alone, [Mean(0.0, 0.0, m.n) for m in alone]
+        return alone, [mean_change(c, s) for c, s in zip(joint, slopes_joint, strict=True)]
+
+    def _samples(
+        self, purpose: str, factors: Sequence[float], peft: Sequence[float], alone: range, both: range
+    ) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+        """(h, z) of the base alone, [n, k] and [n], and of what both moves add to the sum of each, for the directions in `both`."""
+        rows, extra, slopes = [], [], []
+        for j in alone:
+            u, z = self._direction(purpose, j)
+            c = self.size * z
+            row = [self._change(u, s * self.eta_x * c, 0.0) for s in factors]
+            rows.append(row)
+            slopes.append(z)
+            if self.peft is not None and j in both:
+                extra.append([
+                    self._change(u, s * self.eta_x * c, s * self.eta_y) - own - p for s, own, p in zip(factors, row, peft, strict=True)
+                ])  # fmt: skip
+        z_all = np.array(slopes)
+        k = len(factors)
+        return (np.array(rows).reshape(-1, k), z_all), (np.array(extra).reshape(-1, k), z_all[: len(extra)])
