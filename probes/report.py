@@ -18,9 +18,12 @@ from hybridtheory.errors import UserError
 from probes import jsonl, rundir
 from probes.records import (
     SCHEMA,
+    Allocation,
     BlockInfo,
+    Budget,
     Cost,
     Estimate,
+    Estimator,
     Fit,
     Header,
     Point,
@@ -58,7 +61,7 @@ class Report:
         report = cls(tuple(records))
         if not report.all(Header):
             raise UserError("no header among the records: a report starts from a whole run")
-        if not report.points and not report.secants:
+        if not any(isinstance(r, rundir.MEASUREMENTS) for r in report.records):
             raise UserError("the records hold no measurement, so there is nothing to report")
         return report
 
@@ -181,6 +184,14 @@ class Report:
             "cost": {phase: self.cost(phase) for phase in ("estimated", "actual")},
             "warnings": self.warnings,
         }
+        if head.probe == "estimators":
+            shared = ("schema", "probe", "run", "model", "data", "peft", "cost", "warnings")
+            document = {name: document[name] for name in shared} | {
+                "blocks": self.blocks,
+                "estimators": self.all(Estimator),
+                "budgets": self.all(Budget),
+                "allocations": self.all(Allocation),
+            }
         out: dict[str, Any] = jsonl.plain(document)
         return out
 
@@ -206,9 +217,9 @@ class Report:
 
     def markdown(self) -> str:
         """report.md."""
-        from probes import markdown
+        from probes import markdown, markdown_estimators
 
-        return markdown.text(self)
+        return markdown_estimators.text(self) if self.header.probe == "estimators" else markdown.text(self)
 
     def trainer_toml(self) -> str:
         """trainer.toml: the recommended rates and what they assume."""
@@ -243,7 +254,8 @@ class Report:
                 return self.save(run)
         text = json.dumps(self.json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         paths = figures.save(self, folder)
-        paths.append(folder.write("trainer.toml", lambda path: _save(path, self.trainer_toml())))
+        if self.header.probe == "smoothness":
+            paths.append(folder.write("trainer.toml", lambda path: _save(path, self.trainer_toml())))
         paths.append(folder.write("report.json", lambda path: _save(path, text)))
         paths.append(folder.write("report.md", lambda path: _save(path, self.markdown())))
         return paths
