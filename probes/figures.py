@@ -54,6 +54,10 @@ def drawn(report: Report) -> dict[str, Figure]:
         "displacement": displacement,
         "finite_scale": finite_scale,
     }
+    if report.header.probe == "estimators":
+        from probes import figures_estimators
+
+        makers = figures_estimators.MAKERS
     with style():
         made = {name: make(report) for name, make in makers.items()}
     return {name: figure for name, figure in made.items() if figure is not None}
@@ -338,16 +342,11 @@ def along_run(top: Axes, bottom: Axes, report: Report, names: list[str]) -> None
                 line = [(step, e) for step, e in line if e is not None and e.value != 0 and math.isfinite(e.value)]
                 ax.plot([s for s, _ in line], [abs(e.value) for _, e in line], color=palette[name], lw=0.8, alpha=0.6)
                 for step, e in line:  # the lower end a little to the right, so that bars do not hide each other
-                    signed(
-                        ax,
-                        step + (0.03 * (reach or 1) if key == "lam_min" else 0),
-                        e,
-                        palette[name],
-                        ("^", "v") if key != "trace" else ("o", "o"),
-                    )
+                    shift = 0.03 * (reach or 1) if key == "lam_min" else 0
+                    signed(ax, step + shift, e, palette[name], ("^", "v") if key != "trace" else ("o", "o"))
     bottom.set_xlabel("step of the reference run")
     bottom.set_xticks([p.step for p in report.points])
-    bottom.margins(x=0.15)
+    bottom.set_xlim(report.points[0].step - 0.15 * (reach or 3), report.points[-1].step + 0.15 * (reach or 3))
 
 
 def per_block(top: Axes, bottom: Axes, report: Report, names: list[str]) -> None:

@@ -126,7 +126,7 @@ def test_a_folder_that_holds_a_run_is_not_touched(tmp_path):
 
 
 def probe_that_ends_with(error, after=60):
-    def probe(task, settings, done=(), progress=None, provenance=None, dry=False):
+    def probe(task, settings, done=(), progress=None, provenance=None, **more):
         progress("point 1 of 3", 0.0)
         records = made_up_run()
         if error is None:
@@ -240,7 +240,7 @@ def test_resume_with_other_settings_is_refused(quick, tmp_path, monkeypatch):
     quick(KeyboardInterrupt())
     run("--out", "run")
 
-    def other(task, settings, done=(), progress=None, provenance=None, dry=False):
+    def other(task, settings, done=(), progress=None, provenance=None, **more):
         from dataclasses import replace
 
         yield replace(made_up_run()[0], seed=7)
