@@ -105,10 +105,10 @@ def made_up_run(blocks: str = "group", complete: bool = True) -> list[R.Record]:
         R.Preflight(
             "ok",
             [
-                R.PreflightCheck("same loss twice", 0.0, 0.0, True, "0.693 and 0.693"),
-                R.PreflightCheck("base: v'g against differences of the loss", 3.1e-6, 2e-3, True),
-                R.PreflightCheck("base: u'Hv = v'Hu", 4.0e-7, 1e-4, True),
-                R.PreflightCheck("base: v'Hv against differences of gradients", 6.0e-5, 2e-2, True),
+                R.Finding("same loss twice", 0.0, 0.0, True, "0.693 and 0.693"),
+                R.Finding("base: v'g against differences of the loss", 3.1e-6, 2e-3, True),
+                R.Finding("base: u'Hv = v'Hu", 4.0e-7, 1e-4, True),
+                R.Finding("base: v'Hv against differences of gradients", 6.0e-5, 2e-2, True),
             ],
         ),
     ]
