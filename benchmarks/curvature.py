@@ -59,15 +59,16 @@ def product_cost(p: Any, repeats: int) -> list[float]:
 
 
 def moduli_section(
-    p: Any, budgets: Any, truths: Any, repeats: int, batches: int, tools: tuple[str, ...]
+    p: Any, truths: Any, repeats: int, batches: int, tools: tuple[str, ...]
 ) -> dict[str, dict[str, Any]]:
-    from tools import moduli
+    from tools import budgets_of, moduli
 
+    budgets = {t: budgets_of(t, p, 0, truths[0], row=False) for t in tools}
     p.go(0)
     result: dict[str, dict[str, Any]] = {t: {"seconds": []} for t in ("ours", *tools)}
     for _ in range(repeats):
         for tool in result:
-            seconds, found = timed(lambda tool=tool: moduli(tool, p, budgets[0], batches))
+            seconds, found = timed(lambda tool=tool: moduli(tool, p, budgets.get(tool, []), batches))
             result[tool]["seconds"].append(seconds)
             result[tool]["errors"] = [abs(abs(x) / t.modulus - 1) for x, t in zip(found, truths[0])]
             say(f"  {tool}: {seconds:.1f} s, largest error {max(result[tool]['errors']):.1e}")
@@ -75,19 +76,20 @@ def moduli_section(
 
 
 def rows_section(
-    p: Any, budgets: Any, truths: Any, points: list[int], repeats: int, tools: tuple[str, ...]
+    p: Any, truths: Any, points: list[int], repeats: int, tools: tuple[str, ...]
 ) -> dict[str, dict[str, Any]]:
     from problem import LAYERS
 
-    from tools import ROW, our_rows
+    from tools import ROW, budgets_of, our_rows
 
+    budgets = {t: [budgets_of(t, p, point, truths[point], row=True) for point in points] for t in tools}
     result: dict[str, dict[str, Any]] = {t: {"seconds": []} for t in ("ours", *tools)}
 
     def theirs(tool: str) -> list[Any]:
         rows = []
         for point in points:
             p.go(point)
-            rows.append([ROW[tool](p, i, budgets[point][i]) for i in range(LAYERS)])
+            rows.append([ROW[tool](p, i, budgets[tool][point][i]) for i in range(LAYERS)])
         return rows
 
     for _ in range(repeats):
@@ -116,35 +118,29 @@ def peak(tool: str) -> dict[str, float]:
 def memory_of(tool: str) -> None:
     import torch
 
-    from tools import ROW, our_rows
+    from tools import ROW, budgets_of, our_rows
 
-    p, _, budgets = prepared([0])
+    p, truths = prepared([0])
     torch.nn.functional.cross_entropy(p.net(p.ids), p.targets).backward()
     p.net.zero_grad()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if tool == "ours":
         our_rows(p, [0])
     elif tool != "gradient":
-        ROW[tool](p, 0, budgets[0][0])
+        ROW[tool](p, 0, budgets_of(tool, p, 0, truths[0], row=True)[0])
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(json.dumps({"total": after / 1024, "added": (after - before) / 1024}))
 
 
-def prepared(points: list[int]) -> tuple[Any, dict[int, Any], dict[int, Any]]:
+def prepared(points: list[int]) -> tuple[Any, dict[int, Any]]:
     import torch
     from problem import problem, truth
 
-    from tools import budgets_of
-
     torch.set_num_threads(1)
     p = problem()
-    truths, budgets = {}, {}
-    for point in points:
-        truths[point] = truth(p, point)
-        p.go(point)
-        budgets[point] = budgets_of(p, point, truths[point])
+    truths = {point: truth(p, point) for point in points}
     p.go(points[0])
-    return p, truths, budgets
+    return p, truths
 
 
 def table(title: str, section: dict[str, dict[str, Any]], targets: dict[str, float], missed: list[str]) -> list[str]:
@@ -189,8 +185,8 @@ def main() -> None:
         return
     wanted = set(args.only or ["product", "modulus", "row", "batches", "memory"])
     points = list(range(args.points))
-    say("reference answers and budgets")
-    p, truths, budgets = prepared(points)
+    say("reference answers")
+    p, truths = prepared(points)
     missed: list[str] = []
     lines = ["# Curvature benchmark", "", f"Blocks: the {len(truths[0])} layers; loss at the points: {p.losses}.", ""]
     if "product" in wanted:
@@ -203,15 +199,15 @@ def main() -> None:
             missed.append(f"one further product costs {median(ratios):.2f} gradients")
     if "modulus" in wanted:
         say("|λ|max of every layer")
-        section = moduli_section(p, budgets, truths, args.repeats, 1, tuple(args.tools))
+        section = moduli_section(p, truths, args.repeats, 1, tuple(args.tools))
         lines += table("|λ|max to 1 % of every layer, one batch", section, TARGETS["|λ|max"], missed)
     if "batches" in wanted:
         say("|λ|max of every layer, four batches")
-        section = moduli_section(p, budgets, truths, args.repeats, 4, ("PyHessian",))
+        section = moduli_section(p, truths, args.repeats, 4, ("PyHessian",))
         lines += table("|λ|max to 1 % of every layer, four batches", section, TARGETS["batches"], missed)
     if "row" in wanted:
         say(f"whole rows at {args.points} points")
-        section = rows_section(p, budgets, truths, points, args.repeats, tuple(args.tools))
+        section = rows_section(p, truths, points, args.repeats, tuple(args.tools))
         lines += table(f"whole rows at {args.points} points of a run", section, TARGETS["row"], missed)
     if "memory" in wanted:
         lines += [
