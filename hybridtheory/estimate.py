@@ -1,4 +1,4 @@
-"""Estimate: a number with its evidence. No torch here."""
+"""Estimate: a number with its evidence; Finding: a number that was checked. No torch here."""
 
 from __future__ import annotations
 
@@ -23,4 +23,15 @@ class Estimate:
     confidence: float | None = None
     n: int = 0
     resolved: bool = True
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One numeric check: ``value`` is a relative error, ``tolerance`` what it may be given the evidence's own error."""
+
+    name: str
+    value: float
+    tolerance: float
+    holds: bool
     note: str = ""

@@ -22,6 +22,7 @@ import torch
 
 from hybridtheory import streams
 from hybridtheory.blocks import Block, split
+from hybridtheory.estimate import Finding
 from hybridtheory.oracle import Oracle
 from hybridtheory.vectors import Tensors, dot, norm
 
@@ -29,17 +30,6 @@ STEPS = (3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5, 3e-6)  # times the bloc
 
 FIRST_ORDER = 2e-3  # relative: a padding_idx embedding is off by 6e-3 and more
 SECOND_ORDER = 2e-2  # relative: the same embedding is off by 1e-1
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One numeric check: ``value`` is a relative error, ``tolerance`` what it may be given the evidence's own error."""
-
-    name: str
-    value: float
-    tolerance: float
-    holds: bool
-    note: str = ""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from __future__ import annotations
 from dataclasses import MISSING, dataclass, field
 from typing import Any, Literal
 
-from hybridtheory.estimate import Estimate
+from hybridtheory.estimate import Estimate, Finding
 from hybridtheory.theory.checks import Hypothesis
 from probes.records_convergence import Checked, Constants, Descent, Exponent, Trajectory
 
@@ -84,17 +84,6 @@ class BlockInfo:
     group: str
     d: int
     info: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class PreflightCheck:
-    """One numeric check: `value` (an error) against `tolerance`."""
-
-    name: str
-    value: float
-    tolerance: float
-    holds: bool
-    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -257,7 +246,7 @@ class Preflight:
     """
 
     verdict: Literal["ok", "kinked", "refused"]
-    checks: list[PreflightCheck]
+    checks: list[Finding]
     note: str = ""
 
 

@@ -31,7 +31,6 @@ from probes.records import (
     End,
     Point,
     Preflight,
-    PreflightCheck,
     Record,
     Secant,
     TrainStep,
@@ -283,8 +282,7 @@ RADIUS = 1e-3
 def _preflight(probe: Probe, meter: Meter) -> Iterator[Record]:
     meter.phase("preflight")
     found = preflight(probe.oracle, probe.settings.seed)
-    checks = [PreflightCheck(f.name, f.value, f.tolerance, f.holds, f.note) for f in found.findings]
-    yield Preflight(found.verdict, checks, found.note)
+    yield Preflight(found.verdict, found.findings, found.note)
     if found.verdict == "refused":
         raise UserError(found.note)
     if found.verdict == "kinked":
