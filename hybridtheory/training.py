@@ -60,13 +60,13 @@ def closure_of(model: nn.Module, objective: Objective, batches: Sequence[Any]) -
     return closure
 
 
-def permutation(n: int, seed: int, epoch: int) -> list[int]:
-    """The order of n rows in an epoch."""
-    return [int(i) for i in numpy_generator(Key(seed, epoch), "epoch's permutation").permutation(n)]
+def permutation(n: int, seed: int, epoch: int, purpose: str = "") -> list[int]:
+    """The order of n rows in an epoch; different purposes have different orders."""
+    return [int(i) for i in numpy_generator(Key(seed, epoch), f"epoch's permutation{purpose}").permutation(n)]
 
 
 def minibatches(
-    n: int, size: int, seed: int, start: int = 0, sampling: str = "reshuffle"
+    n: int, size: int, seed: int, start: int = 0, sampling: str = "reshuffle", purpose: str = ""
 ) -> Iterator[tuple[int, list[int], list[int] | None]]:
     """(epoch, row indices, the epoch's permutation where the epoch starts), from step ``start`` on, without end.
 
@@ -81,12 +81,12 @@ def minibatches(
     while True:
         epoch, place = divmod(step, per_epoch)
         if sampling == "iid":
-            rows = numpy_generator(Key(seed, step), "minibatch's rows").integers(0, n, size)
+            rows = numpy_generator(Key(seed, step), f"minibatch's rows{purpose}").integers(0, n, size)
             yield epoch, [int(i) for i in rows], None
         else:
             fresh = place == 0 or order is None
             if order is None or place == 0:
-                order = permutation(n, seed, epoch)
+                order = permutation(n, seed, epoch, purpose)
             yield epoch, order[place * size : (place + 1) * size], order if fresh else None
         step += 1
 
@@ -107,28 +107,47 @@ def train(
     accumulate: int = 1,
     ceiling: float | None = None,
     patience: int = 5,
+    lower_rows: Sequence[Any] | None = None,
 ) -> Outcome:
     """Run up to step ``steps`` (counted from the start of the run: a loaded optimizer goes on where it stopped).
 
     batch       rows of a minibatch; ``accumulate`` minibatches make one step (each with directions of its own).
     micro       rows of a forward pass (None: the whole minibatch); changes memory and nothing else beyond rounding.
     ceiling     the run has diverged when the loss is above it ``patience`` times in a row; None: twice the first loss, plus 1.
+    lower_rows  what the inner steps of a bilevel method draw their minibatches from (None: ``rows``), in an order of its own.
     The model stays in the mode (train or eval) that it is in. Parameters are those before the step that failed when the outcome
     is "not finite".
     """
     model, high = optimizer.model, 0
     batches = minibatches(len(rows), batch, seed, optimizer.steps * accumulate, sampling)
     limit = optimizer.run.get("ceiling", ceiling)
+    below = rows if lower_rows is None else lower_rows
+    inner = minibatches(
+        len(below),
+        min(batch, len(below)),
+        seed,
+        optimizer.steps * optimizer.inner_steps,
+        sampling,
+        " of the lower level",
+    )
+
+    def closure_on(source: Sequence[Any], chosen: list[int]) -> Callable[..., Tensor]:
+        whole = collate([source[i] for i in chosen])
+        return closure_of(model, objective, [whole] if micro is None else microbatches(whole, micro))
+
     while optimizer.steps < steps:
         step = optimizer.steps
         for turn in range(accumulate):
             epoch, chosen, order = next(batches)
             if order is not None:
                 sink.epoch(epoch, order)
-            whole = collate([rows[i] for i in chosen])
-            closure = closure_of(model, objective, [whole] if micro is None else microbatches(whole, micro))
+            closure = closure_on(rows, chosen)
+            lower = [closure_on(below, next(inner)[1]) for _ in range(optimizer.inner_steps)]
             try:
-                loss = float((optimizer.step if turn == accumulate - 1 else optimizer.accumulate)(closure))
+                if turn < accumulate - 1:
+                    loss = float(optimizer.accumulate(closure))
+                else:
+                    loss = float(optimizer.step(closure, lower=lower) if lower else optimizer.step(closure))
             except NonFiniteLoss as error:
                 return Outcome("not finite", step, str(error))
         if scheduler is not None:

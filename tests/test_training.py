@@ -173,3 +173,29 @@ def test_training_works_on_all_weights_by_zeroth_order_alone():
     log, optimizer = Log(), MeZO(partition(net)[0], net, lr=2e-2, q=4)
     go(optimizer, log, steps=60, batch=10)
     assert log.losses[-1] < 0.5 * log.losses[0]
+
+
+def test_a_bilevel_method_gets_lower_minibatches_of_its_own_order_and_resumes():
+    def bilevel(seed=0):
+        net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+        for i, p in enumerate(net.parameters()):
+            p.data = torch.linspace(-0.5, 0.6 + i, p.numel(), dtype=torch.float64).view(p.shape)
+        base, peft = partition(net, peft=lambda n: n.startswith("2"))
+        options = {"penalty": 2.0, "inner_lr": 1e-2, "inner_steps": 3}
+        return net, build("bilevel", net, base, peft, lr_base=1e-3, lr_peft=1e-2, seed=seed, **options)
+
+    lower = rows(7)
+    log, (net, optimizer) = Log(), bilevel()
+    assert go(optimizer, log, steps=30, lower_rows=lower).status == "finished"
+    assert log.losses[-1] < log.losses[0]
+    assert all(math.isfinite(i["penalty_gap"]) for i in log.infos)
+    assert permutation(10, 1, 0) != permutation(10, 1, 0, " of the lower level")
+    first, (one, half) = Log(), bilevel()
+    go(half, first, steps=11, lower_rows=lower)
+    saved = copy.deepcopy((one.state_dict(), half.state_dict()))
+    second, (two, rest) = Log(), bilevel(seed=8)
+    two.load_state_dict(saved[0])
+    rest.load_state_dict(saved[1])
+    go(rest, second, steps=30, lower_rows=lower)
+    assert first.losses + second.losses == log.losses
+    assert all(torch.equal(a, b) for a, b in zip(two.parameters(), net.parameters()))

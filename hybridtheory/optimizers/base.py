@@ -57,6 +57,7 @@ class ZeroOrder(torch.optim.Optimizer):
     """
 
     accumulates = True
+    inner_steps = 0  # of a bilevel method: minibatches of the lower level that a step takes
 
     def __init__(
         self,
@@ -74,6 +75,7 @@ class ZeroOrder(torch.optim.Optimizer):
         full = [_complete(g, {**_DEFAULTS, "lr": lr, **defaults}) for g in listed]
         super().__init__(full, {})
         self.model, self.seed, self.master, self.keep = model, seed, master, keep
+        self._cuda = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
         Key(seed)  # refuses a seed out of range now
         low = [p for g in self._zo_groups for p in g["params"] if p.dtype in (torch.bfloat16, torch.float16)]
         if low and not (master or in_place_low_precision):
@@ -158,12 +160,12 @@ class ZeroOrder(torch.optim.Optimizer):
     def _same_noise(self) -> Iterator[None]:
         """The closure's own randomness (dropout) is a function of (seed, step): equal on both sides of a difference,
         and in a resumed run."""
-        before = torch.random.get_rng_state()
-        torch.random.set_rng_state(generator(Key(self.seed, self.steps), "closure's own randomness").get_state())
-        try:
+        key, purpose = Key(self.seed, self.steps), "closure's own randomness"
+        with torch.random.fork_rng(devices=self._cuda):
+            torch.random.set_rng_state(generator(key, purpose).get_state())
+            for device in self._cuda:
+                torch.cuda.set_rng_state(generator(key, purpose, device=f"cuda:{device}").get_state(), device)
             yield
-        finally:
-            torch.random.set_rng_state(before)
 
     def _loss(self, closure: Closure) -> Tensor:
         self.run["forwards"] += 1
@@ -268,8 +270,10 @@ class ZeroOrder(torch.optim.Optimizer):
         self.losses.append(loss)
         return torch.tensor(loss)
 
-    def step(self, closure: Closure | None = None) -> Tensor:  # type: ignore[override]
+    def step(self, closure: Any = None, lower: Sequence[Closure] | None = None) -> Tensor:  # type: ignore[override]
         """One step; returns the loss where the step started (for central differences the mean over the two sides)."""
+        if lower:
+            raise UserError(f"{type(self).__name__} has no lower level: call step(closure)")
         if closure is None:
             raise UserError(
                 f"{type(self).__name__} drives its own evaluations: call step(closure), where closure() returns "
