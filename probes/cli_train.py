@@ -1,0 +1,332 @@
+"""hybrid-train on the command line: reads arguments, calls `probes.train`, writes what comes and shows it."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from hybridtheory.errors import UserError
+from probes import rundir
+from probes.cli import ADAPTER, MACHINE, OUTPUT, WHAT, check_numbers, finish, follow, names, one_sentence, option, quiet
+from probes.records import End, Evaluation, Header, Record, Warning
+
+TRAINING, RATES, SCORES = "Training", "Learning rates", "Evaluation"
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.command()
+def hybrid_train(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Hub name, local folder or GGUF file; nothing: the embedded model.", show_default=False),
+    ] = None,
+    data: Annotated[
+        str | None,
+        option(
+            WHAT,
+            "A named task (sst2, rte, cb, copa, boolq, winogrande, mrpc, wsc, wic, sentiment), a text, JSONL, CSV or Parquet file, "
+            "a folder of datasets.save_to_disk, or a hub data set.",
+            "--data",
+            "--task",
+            show_default="sentiment",
+        ),
+    ] = None,
+    rows: Annotated[int | None, option(WHAT, "Training rows; 0: all there are.")] = 1000,
+    max_length: Annotated[
+        int | None, option(WHAT, "Longest row in tokens; longer ones are cut.", show_default="256 or the context")
+    ] = None,
+    loss: Annotated[str, option(WHAT, "vocabulary: cross-entropy over all tokens; labels: over the label words.")] = (
+        "vocabulary"
+    ),
+    head: Annotated[str, option(WHAT, "Which model class: auto, causal, masked, seq2seq, classification.")] = "auto",
+    labels: Annotated[
+        str | None, option(WHAT, "Label words, comma-separated, for data of your own.", show_default=False)
+    ] = None,
+    template: Annotated[
+        str | None, option(WHAT, "Prompt with {column} fields, for data of your own.", show_default=False)
+    ] = None,
+    text_column: Annotated[str | None, option(WHAT, "Column with the text.", show_default=False)] = None,
+    label_column: Annotated[str | None, option(WHAT, "Column with the label.", show_default=False)] = None,
+    revision: Annotated[str | None, option(WHAT, "Branch, tag or commit on the hub.", show_default=False)] = None,
+    trust_remote_code: Annotated[
+        bool, option(WHAT, "Run model code that comes with the weights.", "--trust-remote-code")
+    ] = False,
+    peft: Annotated[
+        str, option(ADAPTER, "lora, ia3, prefix, prompt, none, or the folder of a saved adapter.")
+    ] = "lora",
+    rank: Annotated[int, option(ADAPTER, "LoRA rank.")] = 8,
+    alpha: Annotated[
+        float | None, option(ADAPTER, "LoRA alpha; the scale is alpha/rank.", show_default="2 x rank")
+    ] = None,
+    targets: Annotated[
+        str | None, option(ADAPTER, "Modules to adapt, comma-separated, or a regex.", show_default="peft's own choice")
+    ] = None,
+    virtual_tokens: Annotated[int, option(ADAPTER, "Virtual tokens of prefix and prompt tuning.")] = 8,
+    method: Annotated[str, option(TRAINING, "Any name of hybridtheory.optimizers.METHODS; ? lists them.")] = "hybrid",
+    options: Annotated[
+        list[str] | None,
+        option(TRAINING, "name=value for the method, e.g. penalty=1; may be repeated.", "--option", show_default=False),
+    ] = None,
+    lr: Annotated[
+        str | None,
+        option(
+            RATES, "auto: probe first, then train; or a trainer.toml, or the run folder of a probe.", show_default=False
+        ),
+    ] = None,
+    lr_base: Annotated[float | None, option(RATES, "Rate of the base weights.", show_default=False)] = None,
+    lr_peft: Annotated[float | None, option(RATES, "Rate of the PEFT weights.", show_default=False)] = None,
+    schedule: Annotated[str, option(RATES, "constant, or linear to zero.")] = "constant",
+    weight_decay: Annotated[float, option(TRAINING, "Decoupled; matrices only.")] = 0.0,
+    steps: Annotated[
+        int | None, option(TRAINING, "Optimizer steps.", show_default="1000, or as --budget allows")
+    ] = None,
+    budget: Annotated[
+        int | None,
+        option(TRAINING, "Forward-equivalents: a forward pass is 1, a backward pass 2.", show_default=False),
+    ] = None,
+    batch: Annotated[int, option(TRAINING, "Rows of a minibatch.")] = 16,
+    accumulate: Annotated[int, option(TRAINING, "Minibatches averaged in a step.")] = 1,
+    sampling: Annotated[str, option(TRAINING, "reshuffle: exact epochs; iid: with replacement.")] = "reshuffle",
+    objective: Annotated[
+        str, option(TRAINING, "loss, or accuracy or f1 of the minibatch (zeroth-order methods).")
+    ] = "loss",
+    mu: Annotated[float, option(TRAINING, "Perturbation of the zeroth-order differences.")] = 1e-3,
+    q: Annotated[int, option(TRAINING, "Averaged zeroth-order directions a step.")] = 1,
+    law: Annotated[
+        str | None,
+        option(TRAINING, "Directions, e.g. rademacher or subzero:rank=8.", show_default="the method's"),
+    ] = None,
+    dropout: Annotated[float, option(TRAINING, "Probability; 0 is off.")] = 0.0,
+    seed: Annotated[int, option(TRAINING, "Every random number follows from it.")] = 0,
+    eval_every: Annotated[int, option(SCORES, "Steps between evaluations; 0: before and after only.")] = 100,
+    eval_rows: Annotated[int, option(SCORES, "Rows scored during the run, the same each time.")] = 200,
+    final_rows: Annotated[int, option(SCORES, "Rows scored at the end; 0: all.")] = 0,
+    eval_data: Annotated[
+        str | None, option(SCORES, "Evaluate on another task, e.g. sst2.", show_default="the data's own splits")
+    ] = None,
+    device: Annotated[str, option(MACHINE, "cpu, cuda, cuda:1, mps.")] = "cpu",
+    dtype: Annotated[str, option(MACHINE, "float32, float64, bfloat16, float16.")] = "float32",
+    master: Annotated[str, option(MACHINE, "fp32: updates go to a float32 copy of bf16 and fp16 weights.")] = "none",
+    micro_batch: Annotated[
+        int | None,
+        option(MACHINE, "Rows at a time: less memory, the same numbers up to rounding.", show_default="the minibatch"),
+    ] = None,
+    checkpoint_every: Annotated[int, option(OUTPUT, "Steps between checkpoints.")] = 100,
+    merged: Annotated[
+        bool, option(OUTPUT, "Export the whole model although the adapter would do.", "--merged")
+    ] = False,
+    tensorboard: Annotated[bool, option(OUTPUT, "Curves for TensorBoard in the run folder.", "--tensorboard")] = False,
+    out: Annotated[Path | None, option(OUTPUT, "Run folder.", show_default="runs/train-MODEL-DATA")] = None,
+    resume: Annotated[
+        bool, option(OUTPUT, "Go on with the run in --out (or the latest of this model and data).", "--resume")
+    ] = False,
+) -> None:
+    """Fine-tune with one method: hybrid (zeroth-order base, first-order PEFT), MeZO, SubZero, LoRA-AdamW and many more.
+
+    Learning rates are given, read from a trainer.toml, or measured first (--lr auto).
+    """
+    console, errors = Console(), Console(stderr=True)
+    with one_sentence(errors), ExitStack() as stack:
+        from probes import chosen_rates, terminal, train_text
+        from probes.train_settings import TrainSettings
+        from probes.train_settings import options as pairs
+
+        check_numbers(seed=seed, micro_batch=micro_batch, alpha=alpha, mu=mu)
+        if method == "?":
+            return console.print(train_text.catalogue())
+        if master not in ("none", "fp32"):
+            raise UserError(f"--master is none or fp32, not {master!r}")
+        given = {"base": lr_base, "peft": lr_peft}
+        settings: dict[str, Any] = {
+            "method": method, "steps": 1000 if steps is None and budget is None else steps, "budget": budget, "batch": batch, "seed": seed,
+            "mu": mu, "q": q, "law": law, "options": pairs(options or []), "weight_decay": weight_decay, "schedule": schedule,
+            "sampling": sampling, "accumulate": accumulate, "micro_batch": micro_batch, "objective": objective, "dropout": dropout,
+            "master": master == "fp32", "eval_every": eval_every, "eval_rows": eval_rows, "eval_data": eval_data,
+            "final_rows": final_rows or None, "checkpoint_every": checkpoint_every,
+        }  # fmt: skip
+        TrainSettings(**settings)  # refuses what is wrong before anything is loaded
+        auto = lr == "auto" and chosen_rates.needs_measuring(method, given)
+        table = None if lr is None or auto or lr == "auto" else chosen_rates.read(Path(lr))
+        if not auto:
+            chosen_rates.choose(
+                method,
+                given,
+                table,
+                {"model_sha256": None, "data": None, "mu": mu, "q": q, "law": "gaussian", "batch_size": batch},
+            )
+        folder = choose_folder(model, data, out, resume)
+        probed = folder.with_name(folder.name + "-probe")
+        begun = (folder / rundir.RECORDS).exists()
+        if resume and not begun and not (auto and probed.exists()):
+            raise UserError(f"--resume: {folder} holds no run: leave --resume out to start one")
+        run = stack.enter_context(rundir.RunFolder(folder, resume and begun))
+        if rundir.finished(run.done):
+            console.print(Text(f"{folder} is finished already"))
+            return console.print(train_text.summary(run.done, folder, scored=True))
+        loading = {
+            "peft": peft, "rank": rank, "alpha": alpha, "targets": names(targets), "virtual_tokens": virtual_tokens, "loss": loss,
+            "max_length": max_length, "head": head, "labels": names(labels), "template": template, "text_column": text_column,
+            "label_column": label_column, "device": device, "dtype": dtype, "seed": seed, "revision": revision,
+            "trust_remote_code": trust_remote_code,
+        }  # fmt: skip
+        if auto:
+            plan = {"seed": seed, "mu": mu, "q": q, "batch_size": batch, "steps": settings["steps"] or 1000}
+            with noting(folder):
+                table = chosen_rates.read(probe(console, model, data, loading, plan, probed))
+        with terminal.waiting(console, "loading model and data"):
+            quiet()
+            from probes import train
+            from probes.tasks import load_task
+
+            task = load_task(model, data, rows=rows or None, **loading)
+        now = {
+            "model_sha256": task.info["model_sha256"], "data": task.info["data"], "mu": mu, "q": q,
+            "law": (law or "gaussian").partition(":")[0], "batch_size": batch * accumulate,
+        }  # fmt: skip
+        rates = chosen_rates.choose(method, given, table, now)
+        wanted = TrainSettings(**settings, lr_base=rates.base, lr_peft=rates.peft)
+        from probes.export import export
+        from probes.provenance import provenance
+
+        board = stack.enter_context(closing(_board(folder, run.done))) if tensorboard else None
+        shown: list[Record] = list(run.done)
+
+        def emit(record: Record) -> None:
+            if not run.append(record):
+                return
+            shown.append(record)
+            if board is not None:
+                board.add(record)
+            if isinstance(record, Header):
+                console.print(terminal.opening(record))
+            elif isinstance(record, Warning):
+                console.print(terminal.warning(record))
+            elif isinstance(record, Evaluation):
+                console.print(Text(train_text.scores(record)))
+
+        with noting(folder, run), asking() as stop, train_text.bar(console) as progress:
+            outcome = train.run(
+                task, wanted, emit, folder, origin=provenance(), notes=rates.notes, stop=stop, progress=progress,
+                finish=lambda task, moved: export(task, folder / "export", moved, merged),
+            )  # fmt: skip
+            good = outcome.status in ("finished", "budget")
+            run.append(End("finished" if good else "failed", outcome.reason))
+        console.print(train_text.summary(shown, folder))
+        if not good:
+            raise UserError(f"the run stopped at step {outcome.step}: {outcome.reason} in {folder / 'checkpoints'}")
+
+
+def probe(
+    console: Console, model: str | None, data: str | None, loading: dict[str, Any], plan: dict[str, Any], folder: Path
+) -> Path:
+    """probe-smoothness of the same model, adapter and data; it goes on where an earlier one stopped. Returns its folder."""
+    from probes import smoothness, terminal
+    from probes.point import Settings
+    from probes.provenance import provenance
+    from probes.tasks import load_task
+
+    with rundir.RunFolder(folder, (folder / rundir.RECORDS).exists()) as run:
+        if rundir.finished(run.done) and (folder / "trainer.toml").exists():
+            return folder
+        console.print(Text(f"measuring learning rates first: {folder}"))
+        quiet()
+        task = load_task(model, data, rows=PROBE_ROWS, **loading)
+        with terminal.Bar(console) as bar:
+            stream = smoothness.run(task, Settings(**plan), run.done, bar.phase, provenance(), restore=False)
+            records = follow(stream, run, console, bar, False)
+        finish(console, run, records)
+    return folder
+
+
+PROBE_ROWS = 12  # as probe-smoothness itself
+
+
+def choose_folder(model: str | None, data: str | None, out: Path | None, resume: bool) -> Path:
+    """--out, or a free name under runs/; with --resume the latest name that is taken, by the run or by its probe."""
+    if out is not None:
+        return out
+    model, data = model or "embedded", data or "sentiment"
+    free = rundir.default_folder("train", model, data)
+    if not resume or free.with_name(free.name + "-probe").exists():
+        return free
+    return rundir.latest_folder("train", model, data) or free
+
+
+def _board(folder: Path, done: list[Record]) -> Any:
+    from probes import checkpoints
+    from probes.tensorboard import Board
+
+    found = checkpoints.latest(folder / "checkpoints") if done else None
+    return Board(folder / "tensorboard", checkpoints.step_of(found) if found else 0)
+
+
+@contextmanager
+def asking() -> Iterator[Callable[[], bool]]:
+    """The first Ctrl-C asks the run to stop after its step, with a checkpoint; a second one stops it where it is."""
+    pressed = False
+
+    def handle(number: int, frame: Any) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+
+    try:
+        before = signal.signal(signal.SIGINT, handle)
+    except ValueError:  # not in the main thread: Ctrl-C never comes here
+        yield lambda: False
+        return
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def noting(folder: Path, run: rundir.RunFolder | None = None) -> Iterator[None]:
+    """Whatever stops the run, the user learns what is kept and how to go on."""
+    try:
+        yield
+    except BaseException as error:
+        from probes import checkpoints
+
+        if run is not None and run.started:
+            reason = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+            note = "" if reason == "interrupted" else f"{type(error).__name__}: {error}"
+            with suppress(UserError):  # on a full disk the records end without their last line, and can be resumed all the same
+                run.append(End(reason, note))  # type: ignore[arg-type]
+        found = checkpoints.latest(folder / "checkpoints")
+        kept = (
+            f"the records and the checkpoint of step {checkpoints.step_of(found)} are kept in {folder}; "
+            if found
+            else ""
+        )
+        error.add_note(f"{kept}to go on: {command(folder)}")
+        raise
+
+
+def command(folder: Path) -> str:
+    arguments = [a for a in sys.argv[1:] if a != "--resume"]
+    if not any(a == "--out" or a.startswith("--out=") for a in arguments):
+        arguments += ["--out", str(folder)]
+    return shlex.join([Path(sys.argv[0]).name, *arguments, "--resume"])
+
+
+def main() -> None:
+    """The command `hybrid-train`."""
+    app()
