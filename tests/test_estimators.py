@@ -215,7 +215,7 @@ def test_unbiased_laws_have_identity_covariance(make):
         "base",
         {"w": nn.Parameter(torch.randn(6, 4)), "v": nn.Parameter(torch.randn(3, 5)), "c": nn.Parameter(torch.randn(4))},
     )
-    a, n = torch.randn(block.numel), 4000
+    a, n = torch.randn(block.numel), 2000
     law, draws = make(block), []
     for step in range(n):
         bound = law.bind(block, [Key(5, step, 0)])
