@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -25,24 +25,12 @@ from torch import Tensor, nn
 
 from hybridtheory.blocks import Block
 from hybridtheory.errors import UserError
-from hybridtheory.estimators.gaussian import Gaussian
-from hybridtheory.estimators.law import Law, merged
-from hybridtheory.estimators.perturb import Perturbation
 from hybridtheory.estimators.streams import Key, generator
 from hybridtheory.estimators.zo_gradient import ZOGradient, evaluate
+from hybridtheory.optimizers.checkpoint import check, pack, unpack
+from hybridtheory.optimizers.groups import DEFAULTS, Unit, complete, units
 
 Closure = Callable[..., Tensor]
-_DEFAULTS: dict[str, Any] = {"kind": "zo", "lr": None, "weight_decay": 0.0}
-_ZO_DEFAULTS: dict[str, Any] = {"law": Gaussian(), "mu": 1e-3, "q": 1, "difference": "central"}
-_CODE = ("block", "law")
-
-
-@dataclass
-class Unit:
-    """Zeroth-order groups that are perturbed together."""
-
-    plan: Perturbation
-    indices: list[int]  # of the param groups
 
 
 class ZeroOrder(torch.optim.Optimizer):
@@ -72,7 +60,7 @@ class ZeroOrder(torch.optim.Optimizer):
         **defaults: Any,
     ) -> None:
         listed = [groups] if isinstance(groups, Block) else list(groups)
-        full = [_complete(g, {**_DEFAULTS, "lr": lr, **defaults}) for g in listed]
+        full = [complete(g, {**DEFAULTS, "lr": lr, **defaults}) for g in listed]
         super().__init__(full, {})
         self.model, self.seed, self.master, self.keep = model, seed, master, keep
         self._cuda = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
@@ -86,7 +74,7 @@ class ZeroOrder(torch.optim.Optimizer):
                 "in_place_low_precision=True to do it all the same"
             )
         self._realised = bool(low) and master
-        self.units = self._units()
+        self.units = units(self.param_groups, model)
         self._pending: list[list[ZOGradient]] = []  # of each accumulated minibatch, one a unit
         self.losses: list[float] = []
         self.minibatches = 1  # that the step being applied averages over
@@ -119,22 +107,6 @@ class ZeroOrder(torch.optim.Optimizer):
     @property
     def _fo_groups(self) -> list[dict[str, Any]]:
         return [g for g in self.param_groups if g["kind"] == "fo"]
-
-    def _units(self) -> list[Unit]:
-        found: list[tuple[Any, list[int]]] = []
-        for i, g in enumerate(self.param_groups):
-            if g["kind"] != "zo":
-                continue
-            law = (g["law"], g["mu"], g["q"], g["difference"])
-            for other, indices in found:
-                if other == law:
-                    indices.append(i)
-                    break
-            else:
-                found.append((law, [i]))
-        return [
-            Unit(Perturbation(self.model, merged([self.param_groups[i]["block"] for i in ix])), ix) for _, ix in found
-        ]
 
     # ---- evaluations ----
 
@@ -303,63 +275,19 @@ class ZeroOrder(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         if self._pending:
             raise UserError(
-                f"{len(self._pending)} minibatches are accumulated but not applied: call step before saving the "
-                f"optimizer"
+                f"{len(self._pending)} minibatches are accumulated but not applied: call step before saving the optimizer"
             )
-        state = super().state_dict()
-        for packed, group in zip(state["param_groups"], self.param_groups, strict=True):
-            for name in _CODE:
-                packed.pop(name, None)
-            packed["tensors"] = group["block"].names
-            packed["law_name"] = repr(group.get("law"))
-            packed["law_state"] = group["law"].state() if "law" in group else None
-        state["state"]["run"] = {**self.run, "method": type(self).__name__, "seed": self.seed}
-        return state
+        return pack(
+            super().state_dict(), self.param_groups, {**self.run, "method": type(self).__name__, "seed": self.seed}
+        )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        run, groups = state_dict["state"].get("run", {}), state_dict["param_groups"]
-        if run.get("method") != type(self).__name__:
-            other = run.get("method", "another optimizer")
-            raise UserError(f"this is a checkpoint of {other}, not of {type(self).__name__}: nothing was loaded")
-        code = [{n: g[n] for n in _CODE if n in g} for g in self.param_groups]
-        for i, (saved, group) in enumerate(zip(groups, self.param_groups, strict=False)):
-            if saved["tensors"] != group["block"].names or saved["law_name"] != repr(group.get("law")):
-                raise UserError(
-                    f"group {i} of the checkpoint holds {len(saved['tensors'])} tensors under the law "
-                    f"{saved['law_name']}, this run's holds "
-                    f"{len(group['block'].names)} under {group.get('law')!r}: it is a checkpoint of another "
-                    f"model or method; nothing was loaded"
-                )
+        check(state_dict, self.param_groups, type(self).__name__)
+        code = [dict(g) for g in self.param_groups]
         super().load_state_dict(state_dict)
-        for group, own in zip(self.param_groups, code, strict=True):
-            kept = group.pop("law_state")
-            group.pop("tensors"), group.pop("law_name")
-            group.update(own)
-            if kept is not None:
-                group["law"] = own["law"].restored(kept)
-        loaded = self.run
-        loaded.pop("method")
-        self.seed = loaded.pop("seed")
-
-
-def _complete(group: Block | Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    given: dict[str, Any] = {"block": group} if isinstance(group, Block) else dict(group)
-    block = given.get("block")
-    if not isinstance(block, Block):
-        raise UserError("every param group needs its block: {'block': Block, 'kind': 'zo' or 'fo', 'lr': ...}")
-    kind = given.get("kind", defaults["kind"])
-    if kind not in ("zo", "fo"):
-        raise UserError(f"kind must be 'zo' or 'fo', got {kind!r} for block {block.name!r}")
-    full = {**(_ZO_DEFAULTS if kind == "zo" else {}), **defaults, **given, "params": block.tensors}
-    if full["lr"] is None or not full["lr"] >= 0:
-        raise UserError(f"block {block.name!r} needs a learning rate >= 0, got {full['lr']}")
-    if kind == "zo" and not full["q"] >= 1:
-        raise UserError(f"block {block.name!r} needs q >= 1 queries, got {full['q']}")
-    if kind == "zo" and not isinstance(full["law"], Law):
-        raise UserError(
-            f"the law of block {block.name!r} must be a direction law such as Gaussian(), got {full['law']!r}"
-        )
-    return full
+        unpack(self.param_groups, code)
+        self.run.pop("method")
+        self.seed = self.run.pop("seed")
 
 
 def _loss_of(zos: Sequence[ZOGradient]) -> float:

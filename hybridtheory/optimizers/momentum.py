@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from hybridtheory.estimators.zo_gradient import ZOGradient
-from hybridtheory.optimizers.base import Unit, ZeroOrder
+from hybridtheory.optimizers.base import ZeroOrder
+from hybridtheory.optimizers.groups import Unit
 from hybridtheory.optimizers.rules import State, momentum_
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hybridtheory.errors import UserError
 from hybridtheory.estimators.zo_gradient import ZOGradient
-from hybridtheory.optimizers.base import Unit
+from hybridtheory.optimizers.groups import Unit
 from hybridtheory.optimizers.momentum import DenseRule
 from hybridtheory.optimizers.rules import State
 
