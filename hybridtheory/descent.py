@@ -5,7 +5,7 @@ from infinitesimal curvature and what a finite-scale curve says that was fitted 
     peft   f(x, y - s η_y g_y) - f
     both   f(x - s η_x c u, y - s η_y g_y) - f        the same directions, so that what coupling adds is sharp
 
-at fractions s of the step. The slope is the exact derivative (the gradient is known); what a finite difference of size mu would
+at fractions s of the step. Standard errors cover the directions and the rounding of the loss (two units). The slope is the exact derivative (the gradient is known); what a finite difference of size mu would
 have measured along the same directions is reported beside it.
 """
 
@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 
 from hybridtheory import streams
 from hybridtheory.blocks import Block
@@ -99,13 +100,21 @@ def one_step(
     Raises UserError for rates that are not positive numbers, a loss that is not finite, or a zero gradient of every block.
     """
     base, peft = (b if b is not None and eta > 0 else None for b, eta in ((base, eta_base), (peft, eta_peft)))
-    positive("one step", mu=mu, precision=precision, **({"lr_base": eta_base} if base else {}), **({"lr_peft": eta_peft} if peft else {}))
+    positive(
+        "one step",
+        mu=mu,
+        precision=precision,
+        **({"lr_base": eta_base} if base else {}),
+        **({"lr_peft": eta_peft} if peft else {}),
+    )
     if base is None and peft is None:
         raise UserError("there is no step to measure: give a positive rate for a block that the model has")
     probe = _Probe(oracle, base, peft, eta_base if base else 0.0, eta_peft if peft else 0.0, seed, index)
     local = probe.local(trace, mu, difference, max(curved, 2))
     if not math.isfinite(local.loss) or local.gx_sq + local.gy_sq == 0:
-        raise UserError(f"no step can be measured: the loss is {local.loss} and the squared gradient {local.gx_sq + local.gy_sq:.3g}")
+        raise UserError(
+            f"no step can be measured: the loss is {local.loss} and the squared gradient {local.gx_sq + local.gy_sq:.3g}"
+        )
     return local, probe.changes(local, list(factors), precision, most)
 
 
@@ -211,6 +220,11 @@ class _Probe:
                 measured["both"] = [a + j + Mean(p, 0.0, 1) for a, j, p in zip(alone, joint, peft, strict=True)]
                 cross = fitted_changes(FITTED_AT, extra[0] / z_sq[:, None], 0.0, factors)
                 fitted["both"] = [a + b + c for a, b, c in zip(fitted["base"], fitted["peft"], cross, strict=True)]
+        # Losses are rounded: at small steps on a large loss that, and not the directions, is the error.
+        rounding = 2 * torch.finfo(self.blocks[0].tensors[0].dtype).eps * abs(self.loss)
+        for table in (measured, fitted):
+            for what, means in table.items():
+                table[what] = [Mean(m.value, math.hypot(m.stderr, rounding), m.n) for m in means]
         found = []
         for what in [w for w in ("base", "peft", "both") if w in measured]:
             for i, s in enumerate(factors):
@@ -218,7 +232,9 @@ class _Probe:
                 found.append(self._compared(local, what, s, measured[what][i], fitted[what][i], interplay))
         return found
 
-    def _compared(self, local: Local, what: str, s: float, measured: Mean, fitted: Mean, interplay: float) -> StepChange:
+    def _compared(
+        self, local: Local, what: str, s: float, measured: Mean, fitted: Mean, interplay: float
+    ) -> StepChange:
         eta_x = s * self.eta_x if what != "peft" else 0.0
         eta_y = s * self.eta_y if what != "base" else 0.0
         d = self.base.numel if self.base is not None else 1

@@ -64,12 +64,16 @@ def check_descent(
         raise UserError("check_descent needs lr_base, lr_peft or both, got neither")
     for name, rate in (("lr_base", lr_base), ("lr_peft", lr_peft)):
         if rate is not None and not 0 < rate < float("inf"):
-            raise UserError(f"{name} must be a positive finite number, got {rate}: a rate of a block that stays where it is is None")
+            raise UserError(
+                f"{name} must be a positive finite number, got {rate}: a rate of a block that stays where it is is None"
+            )
     loss = loss_fn or (lambda m, b: m(**b).loss)
     groups: dict[str, Block] = {b.group: b for b in partition(model, "group", is_peft or _trainable(model))}
     for group, rate in (("base", lr_base), ("peft", lr_peft)):
         if rate is not None and group not in groups:
-            raise UserError(f"lr_{group} is given and the model has no {group} weights: pass is_peft, or leave the rate out")
+            raise UserError(
+                f"lr_{group} is given and the model has no {group} weights: pass is_peft, or leave the rate out"
+            )
     modes = [(m, m.training) for m in model.modules()]
     before = [(p, p.grad) for p in model.parameters()]
     model.eval()
@@ -86,7 +90,9 @@ def check_descent(
             p.grad = grad
     found = changes[-1]  # both, where both move
     predicted = found.fitted if prediction == "fitted" else found.quadratic
-    down: Hypothesis = at_most("the mean change is below 0 (less two standard errors)", found.measured.value - 2 * found.measured.stderr, 0.0)
+    down: Hypothesis = at_most(
+        "the mean change is below 0 (less two standard errors)", found.measured.value - 2 * found.measured.stderr, 0.0
+    )
     words = "the finite-scale curve of other directions" if prediction == "fitted" else "Identity Q"
     check = compare(
         f"one step of {found.what} lowers the loss by what {words} says", found.measured, predicted, tolerance,
@@ -142,5 +148,3 @@ def _lines(records: str | Path | Iterable[Any]) -> Iterable[tuple[str, Mapping[s
             yield str(r.get("kind", "")), r
         elif is_dataclass(r) and not isinstance(r, type):
             yield type(r).__name__.lower(), asdict(r) if type(r).__name__ in ("Constants", "Trajectory") else {}
-
-

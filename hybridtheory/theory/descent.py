@@ -50,7 +50,9 @@ def mean_change(changes: ArrayLike, z: ArrayLike) -> Mean:
     if h.shape != slope.shape or h.ndim != 1 or h.size < 2:
         raise UserError(f"mean_change needs changes and slopes [n >= 2], got {h.shape} and {slope.shape}")
     if not (np.isfinite(h).all() and np.isfinite(slope).all() and (slope != 0).all()):
-        raise UserError("mean_change needs finite changes and slopes other than 0: a step overflowed, lower the learning rate")
+        raise UserError(
+            "mean_change needs finite changes and slopes other than 0: a step overflowed, lower the learning rate"
+        )
     samples = h / slope**2
     return Mean(float(samples.mean()), float(samples.std(ddof=1)) / math.sqrt(h.size), h.size)
 
@@ -83,7 +85,9 @@ def fitted_changes(scales: ArrayLike, samples: ArrayLike, start: float, targets:
     return [Mean(float(m), float(e), n) for m, e in zip(found.mean(axis=0), error, strict=True)]
 
 
-def miss(measured: Mean, predicted: float, kinks: float, coupling: float, tolerance: float) -> tuple[tuple[Hypothesis, ...], str]:
+def miss(
+    measured: Mean, predicted: float, kinks: float, coupling: float, tolerance: float
+) -> tuple[tuple[Hypothesis, ...], str]:
     """What a difference from Identity Q is made of, as hypotheses (size over the prediction, against `tolerance`), and the largest in words.
 
     kinks: change that curvature at the smallest scale adds beyond the infinitesimal one; coupling: joint change beyond the two blocks'
@@ -93,7 +97,8 @@ def miss(measured: Mean, predicted: float, kinks: float, coupling: float, tolera
     rest = measured.value - predicted - kinks - coupling
     parts = {"third order": rest, "kinks": kinks, "coupling": coupling}
     tested = tuple(
-        at_most(f"{name} below {tolerance:.0%} of the prediction", abs(part) / size, tolerance) for name, part in parts.items()
+        at_most(f"{name} below {tolerance:.0%} of the prediction", abs(part) / size, tolerance)
+        for name, part in parts.items()
     )
     largest = max(parts, key=lambda name: abs(parts[name]))
     return tested, f"{largest} ({parts[largest] / size:+.0%} of the prediction)"
@@ -116,7 +121,9 @@ def compare(
     error = math.hypot(measured.stderr, predicted.stderr)
     size, off = abs(predicted.value), abs(measured.value - predicted.value)
     if not (math.isfinite(off) and size > 0):
-        return Check(claim, measured.value, "~", predicted.value, None, hypotheses, None, "there is no finite prediction", error)
+        return Check(
+            claim, measured.value, "~", predicted.value, None, hypotheses, None, "there is no finite prediction", error
+        )
     ratio = f"measured/predicted {measured.value / predicted.value:.3f} ± {error / size:.3f}"
     if off <= tolerance * size:
         holds = True if error <= 0.5 * tolerance * size else None

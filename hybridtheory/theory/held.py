@@ -16,7 +16,16 @@ from numpy.typing import NDArray
 
 from hybridtheory.errors import UserError
 from hybridtheory.theory import convergence
-from hybridtheory.theory.checks import Check, Hypothesis, OutsideTheorem, at_least, at_most, check_bound, count, nonnegative
+from hybridtheory.theory.checks import (
+    Check,
+    Hypothesis,
+    OutsideTheorem,
+    at_least,
+    at_most,
+    check_bound,
+    count,
+    nonnegative,
+)
 from hybridtheory.theory.convergence import Bound, PathwiseBound
 
 Array = NDArray[np.float64]
@@ -73,13 +82,25 @@ class Evidence:
 
     def __post_init__(self) -> None:
         """Refuse a record that cannot be one: constants that are negative or not numbers, arrays of different shapes."""
-        nonnegative("a measured run", eta_x=self.eta_x, eta_y=self.eta_y, L_x=self.L_x, L_y=self.L_y, A=self.A, B=self.B, C=self.C, mu=self.mu)
+        nonnegative(
+            "a measured run",
+            eta_x=self.eta_x,
+            eta_y=self.eta_y,
+            L_x=self.L_x,
+            L_y=self.L_y,
+            A=self.A,
+            B=self.B,
+            C=self.C,
+            mu=self.mu,
+        )
         nonnegative("a measured run", trace_plus=self.trace_plus, cross_sq=self.cross_sq, slope_error=self.slope_error)
         nonnegative("a measured run", L0_x=self.law_x[0], L1_x=self.law_x[1], L0_y=self.law_y[0], L1_y=self.law_y[1])
         count("a measured run", d=self.d, n=self.n, q=self.q)
         shapes = {a.shape for a in (self.gx_sq, self.gy_sq, self.loss, self.sigma_x_sq, self.sigma_y_sq)}
         if len(shapes) != 1 or self.gx_sq.ndim != 2 or self.gx_sq.size == 0:
-            raise UserError(f"a measured run needs loss, gradients and noise [runs, steps] of one shape, got {sorted(shapes)}")
+            raise UserError(
+                f"a measured run needs loss, gradients and noise [runs, steps] of one shape, got {sorted(shapes)}"
+            )
 
     @property
     def steps(self) -> int:
@@ -87,9 +108,11 @@ class Evidence:
 
     def averaged(self, c_x: float, c_y: float, every: int = 1, x: Array | None = None) -> tuple[float, float]:
         """Mean over runs of (1/T) Σ_t c_x‖g_x‖² + c_y‖g_y‖², and its standard error over runs (0 for a single one)."""
-        per_run = (c_x * (self.gx_sq if x is None else x) + c_y * self.gy_sq)[:, ::every].mean(1)
-        error = float(per_run.std(ddof=1)) / math.sqrt(per_run.size) if per_run.size > 1 else 0.0
-        return float(per_run.mean()), error
+        with np.errstate(over="ignore"):  # of a run that diverged: infinity is its average
+            per_run = (c_x * (self.gx_sq if x is None else x) + c_y * self.gy_sq)[:, ::every].mean(1)
+        if per_run.size < 2 or not np.isfinite(per_run).all():
+            return float(per_run.mean()), 0.0
+        return float(per_run.mean()), float(per_run.std(ddof=1)) / math.sqrt(per_run.size)
 
 
 def hold(e: Evidence, theorem: str) -> list[Check]:
@@ -113,7 +136,15 @@ def hold(e: Evidence, theorem: str) -> list[Check]:
         if "D_t" in bound.quantity:  # it holds on every run, not on average
             worst = float((bound.weights[0] * x + bound.weights[1] * e.gy_sq).mean(1).max())
             check = check_bound(check.claim, worst, bound.value, 0.0, tested)
-        found.append(_noted(check, broken, "" if e.gx_sq.shape[0] > 1 or "every run" in bound.theorem else "one run: the bound is on the mean over runs"))
+        found.append(
+            _noted(
+                check,
+                broken,
+                ""
+                if e.gx_sq.shape[0] > 1 or "every run" in bound.theorem
+                else "one run: the bound is on the mean over runs",
+            )
+        )
     if theorem == "C'":
         found += [_noted(c, broken, "") for c in _pathwise(e, tested)]
     return found
@@ -141,7 +172,17 @@ def _undecided(e: Evidence, theorem: str, tested: tuple[Hypothesis, ...], reason
     note = reason or f"does not hold here: {broken}"
     if reason and broken:
         note += f"; nor holds: {broken}"
-    return Check(f"Theorem {theorem}: mean of eta_x |g_x|^2 + eta_y |g_y|^2", measured, "<=", None, None, tested, None, note, error)
+    return Check(
+        f"Theorem {theorem}: mean of eta_x |g_x|^2 + eta_y |g_y|^2",
+        measured,
+        "<=",
+        None,
+        None,
+        tested,
+        None,
+        note,
+        error,
+    )
 
 
 def _yes(name: str, value: bool) -> Hypothesis:
@@ -168,7 +209,9 @@ def _common(e: Evidence, theorem: str) -> tuple[Hypothesis, ...]:
         tested.append(_yes("L of single minibatches was measured", False))
     if e.secant is not None and e.secant.size:
         run, step = np.unravel_index(int(np.argmax(np.where(np.isfinite(e.secant), e.secant, np.inf))), e.secant.shape)
-        tested.append(at_most(f"-D <= H <= D between steps (run {run}, step {step + 1})", float(e.secant[run, step]), 1.0))
+        tested.append(
+            at_most(f"-D <= H <= D between steps (run {run}, step {step + 1})", float(e.secant[run, step]), 1.0)
+        )
     return tuple(tested)
 
 
@@ -227,7 +270,9 @@ def evidence(constants: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) ->
     A run that ended early is filled up with infinite gradients: it went where no bound of an average can hold.
     """
     if not runs:
-        raise UserError("the records hold no run (no line of kind 'trajectory'): let probe-convergence finish its first run")
+        raise UserError(
+            "the records hold no run (no line of kind 'trajectory'): let probe-convergence finish its first run"
+        )
     steps = max(len(r["loss"]) for r in runs)
     whole = all(r["status"] == "finished" for r in runs)
 
