@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from scipy.optimize import nnls
+from scipy.optimize import least_squares
 
 from hybridtheory.blocks import Block
 from hybridtheory.errors import UserError
@@ -32,10 +32,12 @@ if TYPE_CHECKING:
     from probes.setup import Probe
 
 # Where MeZO's published settings lie (arXiv 2305.17333): full fine-tuning, LoRA, prefix.
-PUBLISHED = {"full": 1e-3, "lora": 1e-2, "prefix": 1e-1}
+PUBLISHED = {"full": 1e-3, "LoRA": 1e-2, "prefix": 1e-1}
 LARGE = 10_000_000
 # A mu is in the flat range where it adds at most this share to what directions and minibatch cost anyway.
 FLAT = 0.05
+# Share of the squared slope up to which its squared error is taken to follow the expansion.
+EXPANDS = 0.03
 FINE = 400
 ROWS, QUERIES = (1, 4, 16, 64), (1, 4, 16)
 
@@ -94,32 +96,30 @@ def measure(
             f"every mu of the sweep is absorbed by the weights of {group.name}: at {kept[-1]:g} "
             f"{absorbed[-1]:.0%} of them do not move: raise --mus"
         )
-    # Where a slope is as wrong as it is large the expansion in mu says nothing.
-    inside = (e**2).mean(0) < float(np.mean(np.array(slopes) ** 2))
+    # Where a slope's error is not small beside the slope, the expansion in mu says nothing.
+    inside = (e**2).mean(0) < EXPANDS * float(np.mean(np.array(slopes) ** 2))
     curve = _fit(np.array(kept), d * ((e - w) ** 2).mean(0) / gg, inside)
     direction = variance("gaussian", d)
     sigma_sq = max(noise.value, 0.0) if math.isfinite(noise.value) else 0.0
     minibatch = minibatch_second_moment("gaussian", d, 0.0, sigma_sq / s.batch_size) / gg
-    best = None if curve is None else _recommend(curve, np.array(kept), by_weights, direction + minibatch)
+    best = _recommend(curve, np.array(kept), mean, direction + minibatch)
     if float(np.min(mean)) > 0.1 * d:
         least = kept[int(np.argmin(mean))]
         yield Warning(
             f"the loss differences of {group.name} never come near the exact slopes: at best (mu = {least:g}) the squared slope error is "
             f"{np.min(mean) / d:.2g} of ‖∇f‖²; the gradient or the loss is too imprecise in this dtype", group.name,
         )  # fmt: skip
-    published = []
-    if best is not None:
-        for name, mu in PUBLISHED.items():
-            published.append(
-                PublishedMu(name, mu, best.added(mu), best.flat is not None and best.flat[0] <= mu <= best.flat[1])
-            )
+    published = [
+        PublishedMu(name, mu, best.added(mu), best.flat is not None and best.flat[0] <= mu <= best.flat[1])
+        for name, mu in PUBLISHED.items()
+    ]
     yield Budget(
         block=group.name, group=group.group, d=d, dtype=_dtypes(group), rows=s.batch_size, n=len(e), grad_norm=math.sqrt(gg),
         direction=direction, minibatch=minibatch, noise=noise, mu=kept, added=mean.tolist(), stderr=stderr.tolist(),
         weights=by_weights.tolist(), absorbed=absorbed,
         truncation=None if curve is None else curve[0], loss_rounding=None if curve is None else curve[1],
         loss_noise=None if curve is None else math.sqrt(2 * curve[1] * gg / d),
-        recommended=None if best is None else best.mu, flat=None if best is None else best.flat, published=published, note="; ".join(notes),
+        recommended=best.mu, flat=best.flat, published=published, note="; ".join(notes),
     )  # fmt: skip
     yield _allocation(s, group, gg, noise)
 
@@ -142,56 +142,57 @@ def _realised_error(law: Law, key: Key, group: Block, gradient: Tensors, mu: flo
 
 
 def _fit(mu: np.ndarray, y: np.ndarray, inside: np.ndarray) -> tuple[float, float] | None:
-    """(a, b) >= 0 of a mu⁴ + b/mu² by relative least squares over the mus where the expansion holds."""
+    """(a, b) of a mu⁴ + b/mu² by least squares of logarithms over the mus where the expansion holds: y spans ten decades."""
     use = inside & (y > 0)
     if use.sum() < 2:
         return None
-    design = np.stack([mu[use] ** 4, mu[use] ** -2.0], 1) / y[use, None]
-    # Columns differ by 40 orders of magnitude: each is scaled to 1 before the solve.
-    size = design.max(0)
-    found, _ = nnls(design / size, np.ones(int(use.sum())))
-    return float(found[0] / size[0]), float(found[1] / size[1])
+    x, target = np.log(mu[use]), np.log(y[use])
+
+    def residual(p: np.ndarray) -> np.ndarray:
+        out: np.ndarray = np.logaddexp(p[0] + 4 * x, p[1] - 2 * x) - target
+        return out
+
+    # Either part alone must reach the end that it owns.
+    found = least_squares(residual, [target[-1] - 4 * x[-1], target[0] + 2 * x[0]]).x
+    return float(np.exp(found[0])), float(np.exp(found[1]))
 
 
 @dataclass(frozen=True)
 class _Best:
-    """The finite-mu part of the error as a function of mu, its minimum, and where it does not matter."""
+    """What a finite mu adds, as measured (log-log interpolation inside the sweep), its best mu, and where it does not matter."""
 
-    curve: tuple[float, float]
     mus: np.ndarray
-    weights: np.ndarray
+    measured: np.ndarray
     mu: float
     flat: Interval | None
 
     def added(self, mu: float) -> float:
-        return float(_added(self.curve, self.mus, self.weights, np.array([mu]))[0])
+        """nan outside of the sweep."""
+        inside = self.mus[0] <= mu <= self.mus[-1] * (1 + 1e-9)
+        return float(_interpolated(self.mus, self.measured, np.array([mu]))[0]) if inside else math.nan
 
 
-def _added(curve: tuple[float, float], mus: np.ndarray, weights: np.ndarray, at: np.ndarray) -> np.ndarray:
-    """Truncation, rounding of the loss, and rounding of the weights (interpolated on log scales; it falls like 1/mu² beyond the sweep)."""
-    positive = weights > 0
-    rounded = np.zeros_like(at)
-    if positive.any():
-        x, y = np.log(mus[positive]), np.log(weights[positive] * mus[positive] ** 2)
-        rounded = np.exp(np.interp(np.log(at), x, y)) / at**2
-    out: np.ndarray = curve[0] * at**4 + curve[1] / at**2 + rounded
+def _interpolated(mus: np.ndarray, added: np.ndarray, at: np.ndarray) -> np.ndarray:
+    out: np.ndarray = np.exp(np.interp(np.log(at), np.log(mus), np.log(np.maximum(added, 1e-300))))
     return out
 
 
-def _recommend(curve: tuple[float, float], mus: np.ndarray, weights: np.ndarray, base: float) -> _Best:
-    fine = np.geomspace(mus.min(), mus.max(), FINE)
-    added = _added(curve, mus, weights, fine)
-    best = int(np.argmin(added))
-    flat = added <= FLAT * base
-    found = None
-    if flat[best]:
-        left, right = best, best
-        while left > 0 and flat[left - 1]:
-            left -= 1
-        while right + 1 < FINE and flat[right + 1]:
-            right += 1
-        found = (float(fine[left]), float(fine[right]))
-    return _Best(curve, mus, weights, float(fine[best]), found)
+def _recommend(curve: tuple[float, float] | None, mus: np.ndarray, measured: np.ndarray, base: float) -> _Best:
+    """The best mu is where the two fitted parts balance (4a mu⁴ = 2b/mu²), inside the sweep; the flat range needs no fit."""
+    best = float(mus[int(np.argmin(measured))])
+    if curve is not None and min(curve) > 0:
+        best = float(np.clip((curve[1] / (2 * curve[0])) ** (1 / 6), mus[0], mus[-1]))
+    fine = np.geomspace(mus[0], mus[-1], FINE)
+    flat = _interpolated(mus, measured, fine) <= FLAT * base
+    at = int(np.argmin(np.abs(np.log(fine / best))))
+    if not flat[at]:
+        return _Best(mus, measured, best, None)
+    left, right = at, at
+    while left > 0 and flat[left - 1]:
+        left -= 1
+    while right + 1 < FINE and flat[right + 1]:
+        right += 1
+    return _Best(mus, measured, best, (float(fine[left]), float(fine[right])))
 
 
 def _allocation(s: Settings, group: Block, gg: float, noise: Estimate) -> Allocation:

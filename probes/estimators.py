@@ -552,7 +552,7 @@ def _cosine(along: np.ndarray, norm_sq: np.ndarray, target_sq: float | np.ndarra
 
 def _histogram(target: Any, cosine: np.ndarray, beta: tuple[float, float] | None, exact: bool) -> Cosines:
     top = float(cosine.max()) or 1.0
-    counts, edges = np.histogram(cosine, bins=BINS, range=(min(float(cosine.min()), 0.0), top))
+    counts, edges = np.histogram(cosine, bins=BINS, range=(min(float(cosine.min()), 0.999 * top), top))
     p = None
     if beta is not None and exact:
         p = float(stats.kstest(cosine**2, stats.beta(*beta).cdf).pvalue)

@@ -9,9 +9,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from scipy import stats
 
-from probes.figures import BLUE, GREEN, GREY, ORANGE, PINK, RED, log_axis
+from probes.figures import BLUE, GREEN, GREY, ORANGE, PINK, RED, log_axis, tick
 from probes.markdown import number
 from probes.records import Budget, Compared, Cosines, Estimator
 
@@ -56,15 +57,21 @@ def cosine_panel(ax: Axes, e: Estimator, c: Cosines) -> None:
     edges, counts = rebinned(c)
     unit = np.sqrt(size)
     ax.stairs(counts / counts.sum() / np.diff(edges) / unit, edges * unit, fill=True, color=BLUE, alpha=0.35)
-    x = np.linspace(max(edges[0], edges[-1] * 1e-3), edges[-1], 400)
+    end = max(edges[-1], np.sqrt(stats.beta(c.alpha, c.beta).ppf(0.9995)))
+    x = np.linspace(end * 1e-3, end, 400)
     # cos² ~ Beta, so cos has the density 2x b(x²)
     ax.plot(x * unit, 2 * x * stats.beta(c.alpha, c.beta).pdf(x**2) / unit, color="black", lw=1.2)
-    ax.set_title(e.law.replace("gaussian:", "gaussian ").replace("orthonormal:", "orthonormal ").replace("magnitude-mask:", "magnitude mask\n"))
+    ax.set_title(label(e))
     target, symbol = ("P'\\nabla f", "k") if c.target == "projection" else ("\\nabla f", "d")
     ax.set_xlabel(rf"$\sqrt{{{symbol}}}\,\cos(\hat g,\, {target})$")
     note = f"n = {e.n:,}" + (f"\nKS p = {c.ks_p:.2f}" if c.ks_p is not None else "")
     ax.text(0.97, 0.95, note, transform=ax.transAxes, ha="right", va="top", fontsize=7)
-    ax.set_ylim(bottom=0)
+    ax.set_ylim(0, 1.25 * ax.get_ylim()[1])
+
+
+def label(e: Estimator) -> str:
+    """The law's name as people write it."""
+    return e.law.replace(":", " ").replace("-", " ").replace(",", ", ")
 
 
 def rebinned(c: Cosines) -> tuple[np.ndarray, np.ndarray]:
@@ -84,6 +91,7 @@ def subspace(report: Report) -> Figure | None:
         return None
     most = max(len(es) for _, es in found)
     figure = Figure(figsize=(9.2, len(found) * (0.22 * most + 0.75) + 0.45))
+    figure.get_layout_engine().set(w_pad=0.12)  # type: ignore[union-attr]  # long names of laws are cut off without
     axes = np.asarray(figure.subplots(len(found), 2, squeeze=False, sharey="row"))
     for (group, estimators), (left, right) in zip(found, axes):
         d = estimators[0].d
@@ -93,12 +101,15 @@ def subspace(report: Report) -> Figure | None:
             dot(right, e.quantities.get("variance"), y, BLUE, "o")
         left.axvline(1 / d, color=GREY, lw=0.8, ls=":", zorder=1)
         right.axvline(d, color=GREY, lw=0.8, ls=":", zorder=1)
-        for ax, where, label in ((left, 1 / d, " 1/d"), (right, d, " d")):
+        for ax, where, mark in ((left, 1 / d, " 1/d"), (right, d, " d")):
             ax.set_xscale("log")
-            log_axis(ax.xaxis)
-            ax.text(where, len(estimators) - 0.55, label, color=GREY, fontsize=7, va="top")
-        left.set_yticks(range(len(estimators)), [e.law for e in estimators])
-        left.set_ylim(len(estimators) - 0.5, -0.5)
+            low, high = ax.get_xlim()
+            ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 300 else (1.0,), numticks=9))
+            ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: tick(x, plain=True)))
+            ax.xaxis.set_minor_formatter(NullFormatter())
+            ax.text(where, -0.42, mark, color=GREY, fontsize=7, va="center")
+        left.set_yticks(range(len(estimators)), [label(e) for e in estimators], fontsize=7)
+        left.set_ylim(len(estimators) - 0.5, -0.7)
         left.set_title(f"{GROUPS.get(group, group)}  (d = {d:,})")
     axes[-1, 0].set_xlabel(r"$\mathbb{E}\,\cos^2$")
     axes[-1, 1].set_xlabel(r"total variance $\,/\,\Vert\nabla f\Vert^2$")
@@ -146,20 +157,18 @@ def budget(report: Report) -> Figure | None:
 def budget_panel(ax: Axes, b: Budget) -> None:
     mu = np.geomspace(min(b.mu), max(b.mu), 300)
     base = b.direction + b.minibatch
-    floor = 1e-7 * base
+    floor = min(0.3 * min(x for x in b.added if x > 0), 1e-4 * base) if any(x > 0 for x in b.added) else 1e-7 * base
     ax.axhline(b.direction, color=BLUE)
     if b.minibatch > 0:
         ax.axhline(b.minibatch, color=GREEN)
-    total = np.full_like(mu, base)
     for coefficient, power, colour in ((b.truncation, 4, RED), (b.loss_rounding, -2, ORANGE)):
         if coefficient:
-            ax.plot(mu, coefficient * mu**power, color=colour, ls="--")
-            total = total + coefficient * mu**power
+            part = coefficient * mu**power
+            ax.plot(mu[part < b.direction], part[part < b.direction], color=colour, ls="--")
     weights = np.array(b.weights)
     if (weights > 0).sum() > 1:
-        at = np.array(b.mu)[weights > 0]
-        ax.plot(at, weights[weights > 0], color=PINK, ls="-.")
-        total = total + np.exp(np.interp(np.log(mu), np.log(at), np.log(weights[weights > 0])))
+        ax.plot(np.array(b.mu)[weights > 0], weights[weights > 0], color=PINK, ls="-.")
+    total = base + np.exp(np.interp(np.log(mu), np.log(b.mu), np.log(np.maximum(b.added, 1e-300))))
     ax.plot(mu, total, color="black", lw=1.8, zorder=2.5)
     added = np.array(b.added)
     error = np.minimum(np.array(b.stderr), 0.9 * added)
@@ -171,7 +180,9 @@ def budget_panel(ax: Axes, b: Budget) -> None:
     for p in b.published:
         if min(b.mu) <= p.mu <= max(b.mu):
             ax.plot(p.mu, top, marker="v", color=GREY, ms=6, clip_on=False, zorder=5)
-            ax.annotate(p.name, (p.mu, top), xytext=(0, 5), textcoords="offset points", ha="center", fontsize=7, color=GREY)
+            ax.annotate(
+                p.name, (p.mu, top), xytext=(0, 5), textcoords="offset points", ha="center", fontsize=7, color=GREY
+            )
     log_axis(ax.xaxis)
     log_axis(ax.yaxis)
     best = "" if b.recommended is None else f", best μ = {number(b.recommended, 2)}"

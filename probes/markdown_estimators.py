@@ -59,7 +59,9 @@ def opening(report: Report) -> list[str]:
     head = report.header
     found = report.all(Estimator)
     laws = len({e.law for e in found})
-    far_off = [(e, n, c) for e in found for n, c in {**e.quantities, **e.bias}.items() if abs(deviation(c) or 0.0) > FAR]
+    far_off = [
+        (e, n, c) for e in found for n, c in {**e.quantities, **e.bias}.items() if abs(deviation(c) or 0.0) > FAR
+    ]
     tested = sum(deviation(c) is not None for e in found for c in {**e.quantities, **e.bias}.values())
     verdict = (
         f"{tested} measured numbers have a closed form; all agree with it within {FAR:g} standard errors."
@@ -71,7 +73,11 @@ def opening(report: Report) -> list[str]:
     return [
         f"# Zeroth-order estimators of the gradient of `{head.model.name}` on `{head.data.name}`",
         "",
-        *([] if report.finished else ["**This run did not finish: what follows is what was measured until it stopped.**", ""]),
+        *(
+            []
+            if report.finished
+            else ["**This run did not finish: what follows is what was measured until it stopped.**", ""]
+        ),
         f"{laws} direction laws against the exact gradient of {head.data.rows} rows ({head.model.parameters:,} parameters, {head.model.dtype}). "
         "Slopes are exact directional derivatives ⟨∇f, u⟩ (the limit μ → 0); what a finite μ adds stands under “Error budget”. "
         "Everything is divided by ‖∇f‖² of the block. “off by” counts standard errors.",
@@ -84,7 +90,11 @@ def moments(group: str, found: Sequence[Estimator]) -> list[str]:
     rows = []
     for e in found:
         q = e.quantities
-        short = "" if e.reached else f" (**{percent((q['second_moment'].stderr or 0) / q['second_moment'].value)}, not {percent(e.precision)}**)"
+        short = (
+            ""
+            if e.reached
+            else f" (**{percent((q['second_moment'].stderr or 0) / q['second_moment'].value)}, not {percent(e.precision)}**)"
+        )
         second = q["second_moment"]
         rows.append(
             [f"`{e.law}`", f"{e.n:,}", measured(second) + short, predicted(second), far(second), measured(q.get("variance")), measured(q["mse"])]
@@ -113,7 +123,10 @@ def cosines(found: Sequence[Estimator]) -> list[str]:
             inside.append(
                 [f"`{e.law}`", number(k), number(k / d), measured(q["captured"]), measured(scaled(to, k)), predicted(scaled(to, k)), far(to)]
             )  # fmt: skip
-    out = ["Cosine with the true gradient, and its square in units of 1/d (1 for one direction of any law that does not know the gradient):", ""]
+    out = [
+        "Cosine with the true gradient, and its square in units of 1/d (1 for one direction of any law that does not know the gradient):",
+        "",
+    ]
     out += table(["law", "E cos", "formula", "off by", "d·E cos²", "formula", "off by"], rows)
     if inside:
         out += [
@@ -121,13 +134,24 @@ def cosines(found: Sequence[Estimator]) -> list[str]:
             "with the *projected* gradient in units of 1/k. Both hold at once: 1/k against the projection, about 1/d against the gradient.", "",
             *table(["law", "k", "k/d", "captured", "k·E cos² with P′∇f", "formula", "off by"], inside),
         ]  # fmt: skip
-    return [*out, "![Cosine: measured histogram and law](figures/cosines.png)", "", "![Full against subspace](figures/subspace.png)", ""]
+    return [
+        *out,
+        "![Cosine: measured histogram and law](figures/cosines.png)",
+        "",
+        "![Full against subspace](figures/subspace.png)",
+        "",
+    ]
 
 
 def scaled(c: Compared | None, by: float) -> Compared | None:
     if c is None:
         return None
-    return Compared(c.value * by, None if c.stderr is None else c.stderr * by, None if c.predicted is None else c.predicted * by, c.formula)
+    return Compared(
+        c.value * by,
+        None if c.stderr is None else c.stderr * by,
+        None if c.predicted is None else c.predicted * by,
+        c.formula,
+    )
 
 
 def bias(found: Sequence[Estimator]) -> list[str]:
@@ -175,7 +199,15 @@ def budget(report: Report) -> list[str]:
              number(b.loss_noise), str(b.n)]
         )  # fmt: skip
         for p in b.published:
-            where.append([f"`{b.block}`", f"{p.mu:g} ({p.name})", number(p.added), number(p.added / (b.direction + b.minibatch)), "yes" if p.flat else "**no**"])
+            where.append(
+                [
+                    f"`{b.block}`",
+                    f"{p.mu:g} ({p.name})",
+                    number(p.added),
+                    number(p.added / (b.direction + b.minibatch)),
+                    "yes" if p.flat else "**no**",
+                ]
+            )
         if b.note:
             notes.append(f"- `{b.block}`: {b.note}.")
     return [
@@ -212,5 +244,12 @@ def formulas(report: Report) -> list[str]:
             for name in ("second_moment", "cosine_sq", "cosine_sq_projected"):
                 c = e.quantities.get(name)
                 if c is not None:
-                    rows.append([f"`{e.law}`", name.replace("_", " "), c.formula if c.predicted is not None else NONE, e.note or "–"])
+                    rows.append(
+                        [
+                            f"`{e.law}`",
+                            name.replace("_", " "),
+                            c.formula if c.predicted is not None else NONE,
+                            e.note or "–",
+                        ]
+                    )
     return ["## Formulas", "", *table(["law", "quantity", "formula", "note"], rows)]

@@ -1,0 +1,187 @@
+"""probe-estimators on the command line. Model, data, adapter, block and machine options are those of probe-smoothness, declared there."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from hybridtheory.errors import UserError
+from probes import rundir
+from probes.cli import (
+    MEASURE,
+    OUTPUT,
+    PLAN,
+    check_numbers,
+    follow,
+    names,
+    one_sentence,
+    option,
+    probe_smoothness,
+    quiet,
+)
+from probes.markdown import interval, number
+from probes.records import Budget, Estimator, Record
+
+TASK = (
+    "model", "data", "rows", "max_length", "loss", "head", "labels", "template", "text_column", "label_column", "revision",
+    "trust_remote_code", "peft", "rank", "alpha", "targets", "virtual_tokens", "device", "dtype", "seed",
+)  # fmt: skip
+SHARED = (*TASK, "blocks", "batch_size", "micro_batch", "resume")
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def with_options_of(
+    source: Callable[..., Any], shared: tuple[str, ...], **defaults: Any
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A command that takes ``shared`` options of another one, declared once, before its own; they arrive in its ``**options``.
+
+    ``defaults`` are this command's where they differ.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        theirs = inspect.signature(source, eval_str=True).parameters
+        own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
+        both = [p.replace(kind=p.KEYWORD_ONLY) for p in (*(theirs[n] for n in shared), *own)]
+        both = [p.replace(default=defaults.get(p.name, p.default)) for p in both]
+        command.__signature__ = inspect.Signature(both)  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in both}
+        return command
+
+    return decorate
+
+
+@app.command()
+@with_options_of(probe_smoothness, SHARED, rows=16)
+def probe_estimators(
+    laws: Annotated[
+        str | None,
+        option(
+            MEASURE,
+            "Direction laws, separated by spaces: NAME or NAME:option=number,..., e.g. 'gaussian gaussian:q=4 subzero:rank=8'.",
+            show_default="a table of 13",
+        ),
+    ] = None,
+    precision: Annotated[
+        float | None,
+        option(
+            MEASURE,
+            "Relative error of the second moment at which sampling stops.",
+            show_default="0.03; 0.15 above 10 M weights",
+        ),
+    ] = None,
+    max_draws: Annotated[int, option(MEASURE, "Most directions of one law.")] = 20_000,
+    directions: Annotated[
+        int | None, option(MEASURE, "Directions of the error budget.", show_default="12; 4 above 10 M weights")
+    ] = None,
+    mus: Annotated[
+        str | None,
+        option(MEASURE, "Values of mu of the error budget, comma-separated.", show_default="decades from 1e-5"),
+    ] = None,
+    q: Annotated[int, option(PLAN, "Queries a step, for the comparison of more rows with more queries.")] = 1,
+    out: Annotated[Path | None, option(OUTPUT, "Run folder.", show_default="runs/estimators-MODEL-DATA")] = None,
+    dry_run: Annotated[bool, option(OUTPUT, "Cost estimate, then stop; nothing is written.", "--dry-run")] = False,
+    **options: Any,
+) -> None:
+    """Measure zeroth-order estimators against the exact gradient, beside their closed formulas, and where their error comes from.
+
+    Without arguments it runs on the embedded model and task.
+    """
+    console, errors = Console(), Console(stderr=True)
+    with one_sentence(errors), ExitStack() as stack:
+        check_numbers(seed=options["seed"], micro_batch=options["micro_batch"], alpha=options["alpha"], mu=1e-3)
+        steps = None if mus is None else tuple(_positive(x) for x in mus.split(","))
+        folder = choose_folder(options["model"], options["data"], out, options["resume"])
+        run = None if dry_run else stack.enter_context(rundir.RunFolder(folder, options["resume"]))
+        if run is not None and rundir.finished(run.done):
+            console.print(Text(f"{folder} is finished already; its report is made again from its records."))
+            return finish(console, run, [*run.done])
+        from probes import terminal
+
+        with terminal.waiting(console, "loading model and data"):
+            quiet()
+            from probes import estimators
+            from probes.provenance import provenance
+            from probes.tasks import load_task
+
+            settings = estimators.Settings(
+                laws=tuple(laws.split()) if laws is not None else estimators.DEFAULT_LAWS, blocks=options["blocks"], seed=options["seed"],
+                precision=precision, max_draws=max_draws, directions=directions, mus=steps, q=q, batch_size=options["batch_size"],
+                micro_batch=options["micro_batch"],
+            )  # fmt: skip
+            wanted = {n: options[n] for n in TASK} | {n: names(options[n]) for n in ("targets", "labels")}
+            task = load_task(wanted.pop("model"), wanted.pop("data"), **wanted)
+        with terminal.Bar(console) as bar:
+            done = run.done if run is not None else []
+            stream = estimators.run(task, settings, done, bar.phase, provenance(), dry=run is None)
+            records = follow(stream, run, console, bar, False)
+        if run is not None:
+            finish(console, run, records)
+
+
+def finish(console: Console, run: rundir.RunFolder, records: list[Record]) -> None:
+    """Report, figures and a table of the groups' laws from the records of a run that ended."""
+    from probes import terminal
+    from probes.markdown_estimators import far, measured, predicted, scaled
+    from probes.report import Report
+
+    report = Report.of(records)
+    with console.status(Text("writing the report")):
+        report.save(run)
+    for group in [b for b in report.blocks if b.name == b.group]:
+        rows = []
+        for e in (e for e in report.all(Estimator) if e.block == group.name):
+            second, square = e.quantities["second_moment"], e.quantities["cosine_sq"]
+            rows.append(
+                [e.law, f"{e.n:,}", measured(second), predicted(second), far(second), measured(scaled(square, e.d))]
+            )
+        if rows:
+            head = ["law", "estimates", "E|ĝ|²/|g|²", "formula", "off by", "d·E cos²"]
+            console.print(terminal.grid(head, rows, f"{group.name}: d = {group.d:,}"), Text(""))
+    best = [
+        [b.block, b.dtype, number(b.recommended), interval(b.flat) if b.flat else "nowhere"] for b in report.all(Budget)
+    ]
+    if best:
+        console.print(terminal.grid(["error budget", "dtype", "best mu", "flat from - to"], best, left=2), Text(""))
+    estimated, actual = report.cost("estimated"), report.cost("actual")
+    if estimated is not None:
+        console.print(terminal.cost(estimated, actual))
+    console.print(*map(terminal.warning, report.warnings), sep="\n") if report.warnings else None
+    console.print(Text.assemble(("report  ", "dim"), (str(run.path / "report.md"), "bold")))
+
+
+def _positive(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(f"--mus is a list of numbers separated by commas, and {text!r} is not a number") from None
+
+
+def choose_folder(model: str | None, data: str | None, out: Path | None, resume: bool) -> Path:
+    """--out, or a free name under runs/; with --resume the latest name that is taken."""
+    if out is not None:
+        return out
+    model, data = model or "embedded", data or "sentiment"
+    found = (
+        rundir.latest_folder("estimators", model, data) if resume else rundir.default_folder("estimators", model, data)
+    )
+    if found is None:
+        raise UserError(f"--resume: there is no run of {model} on {data} under runs/: give its folder as --out")
+    return found
+
+
+def estimators() -> None:
+    """The command `probe-estimators`."""
+    app()
