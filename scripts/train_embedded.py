@@ -52,6 +52,7 @@ download. It exists to be measured, not to be used: it knows film reviews, presi
 | tokens seen | {tokens:,} in {steps} steps, about {minutes:.0f} minutes of one core |
 | loss on the film snippets, nats a token | train {train:.3f}, dev {dev:.3f}, **test {test:.3f}** |
 | unigram model on the same test tokens | {unigram:.3f} (fitted on train, add-one); ratio **{ratio:.3f}** |
+| LoRA on the sentiment task | run `scripts/lora_sentiment.py` and write its line here |
 
 Made by `scripts/train_embedded.py`. Text licences: the film snippets are MIT (see `../sentiment/LICENSE`); the addresses
 are works of the United States Government and the novel is in the public domain; both were taken from the npm packages
