@@ -33,6 +33,7 @@ TASK = (
     "model", "data", "rows", "max_length", "loss", "head", "labels", "template", "text_column", "label_column", "revision",
     "trust_remote_code", "peft", "rank", "alpha", "targets", "virtual_tokens", "device", "dtype", "seed",
 )  # fmt: skip
+Command = Callable[..., None]
 SHARED = (*TASK, "blocks", "batch_size", "micro_batch", "resume")
 
 app = typer.Typer(
@@ -51,7 +52,7 @@ def with_options_of(
     ``defaults`` are this command's where they differ.
     """
 
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+    def decorate(command: Command) -> Command:
         theirs = inspect.signature(source, eval_str=True).parameters
         own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
         both = [p.replace(kind=p.KEYWORD_ONLY) for p in (*(theirs[n] for n in shared), *own)]

@@ -64,8 +64,8 @@ class Reference:
             n: signs(key, f"fixed test vectors/{n}", torch.empty(-(-p.numel() // _PATTERN), TESTS, dtype=like.dtype, device=like.device))
             for n, p in group.parameters.items()
         }  # fmt: skip
-        flat = [{n: t.reshape(-1) for n, t in zip(group.names, v, strict=True)} for v in (g, Hg)]
-        return cls(group, part, *flat, patterns, rows)
+        first, second = ({n: t.reshape(-1) for n, t in zip(group.names, v, strict=True)} for v in (g, Hg))
+        return cls(group, part, first, second, patterns, rows)
 
     def columns(self, name: str, start: int, stop: int) -> Tensor:
         """g, Hg and the fixed vectors on some entries of one tensor, (2 + TESTS, stop - start); ``start`` is a multiple of PIECE."""

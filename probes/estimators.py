@@ -249,7 +249,8 @@ def _group(
 
 def _sources(members: Sequence[Member], group: Block) -> list[Source]:
     """Members that share a Gaussian direction first; coordinates are looked up; every other law draws its own."""
-    shared, single = [], []
+    shared: list[Member] = []
+    single: list[Member] = []
     for m in members:
         plain = m.law is None or isinstance(m.law, Sphere | Orthonormal) or draws.shares(m.law)
         (shared if plain else single).append(m)
@@ -311,7 +312,7 @@ def _source(
     if source.kind == "coordinate":  # heavy-tailed: what 32 draws show of its spread is nothing, and it is known
         needed = coordinate_spread(reference, group) / precision**2
     for m in source.members:
-        found = _estimates(m, laws[m.label], *pilot(m, group), group.numel)
+        found = _estimates(m, laws[m.label], pilot(m, group), group.numel)
         spread = float(np.var(found.norm_sq, ddof=1) / np.mean(found.norm_sq) ** 2) if len(found.norm_sq) > 1 else 0.0
         needed = max(needed, max(spread, RELATIVE_VARIANCE / m.q) / precision**2 * m.q)
     count = min(math.ceil(needed), s.max_draws * (COORDINATES if source.kind == "coordinate" else 1))
@@ -332,13 +333,13 @@ def _source(
                 excess={n: excess(bound, block, n) for n in block.names},
                 spectra={n: own[n] for n in block.names},
             )
-            estimates = _estimates(m, law, *collected(m, block), block.numel)
-            spread = coordinate_spread(reference, block) if source.kind == "coordinate" else None
-            yield _record(m, law, block, facts, inner, estimates, precision, spread)
+            estimates = _estimates(m, law, collected(m, block), block.numel)
+            exact = coordinate_spread(reference, block) if source.kind == "coordinate" else None
+            yield _record(m, law, block, facts, inner, estimates, precision, exact)
 
 
 T = TypeVar("T")
-Drawn = Any  # (member, block) -> (dots, gram)
+Drawn = Callable[[Member, Block], tuple[np.ndarray, np.ndarray]]  # dots and gram
 
 
 def _draw(
@@ -411,7 +412,8 @@ class Estimates:
     pairs: np.ndarray | None
 
 
-def _estimates(member: Member, law: Law, dots: np.ndarray, gram: np.ndarray, d: int) -> Estimates:
+def _estimates(member: Member, law: Law, sums: tuple[np.ndarray, np.ndarray], d: int) -> Estimates:
+    dots, gram = sums
     q = member.q
     batches, size, _ = dots.shape
     pairs = None
@@ -556,7 +558,8 @@ def _histogram(target: Any, cosine: np.ndarray, beta: tuple[float, float] | None
     p = None
     if beta is not None and exact:
         p = float(stats.kstest(cosine**2, stats.beta(*beta).cdf).pvalue)
-    return Cosines(target, edges.tolist(), counts.tolist(), *(beta or (None, None)), exact=exact, ks_p=p)
+    alpha, second = beta or (None, None)
+    return Cosines(target, edges.tolist(), counts.tolist(), alpha, second, exact, p)
 
 
 def _estimate(probe: Setup[Settings], members: Sequence[Member]) -> Cost:

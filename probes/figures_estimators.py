@@ -91,7 +91,7 @@ def subspace(report: Report) -> Figure | None:
         return None
     most = max(len(es) for _, es in found)
     figure = Figure(figsize=(9.2, len(found) * (0.22 * most + 0.75) + 0.45))
-    figure.get_layout_engine().set(w_pad=0.12)  # type: ignore[union-attr]  # long names of laws are cut off without
+    figure.set_layout_engine("constrained", w_pad=0.12)  # long names of laws are cut off without
     axes = np.asarray(figure.subplots(len(found), 2, squeeze=False, sharey="row"))
     for (group, estimators), (left, right) in zip(found, axes):
         d = estimators[0].d

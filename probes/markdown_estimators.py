@@ -78,7 +78,8 @@ def opening(report: Report) -> list[str]:
             if report.finished
             else ["**This run did not finish: what follows is what was measured until it stopped.**", ""]
         ),
-        f"{laws} direction laws against the exact gradient of {head.data.rows} rows ({head.model.parameters:,} parameters, {head.model.dtype}). "
+        f"{laws} direction laws against the exact gradient of {head.data.rows} rows ({head.model.parameters:,} parameters, "
+        f"{head.model.dtype}). "
         "Slopes are exact directional derivatives ⟨∇f, u⟩ (the limit μ → 0); what a finite μ adds stands under “Error budget”. "
         "Everything is divided by ‖∇f‖² of the block. “off by” counts standard errors.",
         verdict,
@@ -97,7 +98,8 @@ def moments(group: str, found: Sequence[Estimator]) -> list[str]:
         )
         second = q["second_moment"]
         rows.append(
-            [f"`{e.law}`", f"{e.n:,}", measured(second) + short, predicted(second), far(second), measured(q.get("variance")), measured(q["mse"])]
+            [f"`{e.law}`", f"{e.n:,}", measured(second) + short, predicted(second), far(second),
+             measured(q.get("variance")), measured(q["mse"])]
         )  # fmt: skip
     d = found[0].d
     size = "base weights" if group == "base" else "PEFT weights"
@@ -121,7 +123,8 @@ def cosines(found: Sequence[Estimator]) -> list[str]:
             k = e.subspace or math.nan
             to = q.get("cosine_sq_projected")
             inside.append(
-                [f"`{e.law}`", number(k), number(k / d), measured(q["captured"]), measured(scaled(to, k)), predicted(scaled(to, k)), far(to)]
+                [f"`{e.law}`", number(k), number(k / d), measured(q["captured"]), measured(scaled(to, k)),
+                 predicted(scaled(to, k)), far(to)]
             )  # fmt: skip
     out = [
         "Cosine with the true gradient, and its square in units of 1/d (1 for one direction of any law that does not know the gradient):",
@@ -130,8 +133,9 @@ def cosines(found: Sequence[Estimator]) -> list[str]:
     out += table(["law", "E cos", "formula", "off by", "d·E cos²", "formula", "off by"], rows)
     if inside:
         out += [
-            "Laws with a subspace of k dimensions: the share ‖P′∇f‖²/‖∇f‖² of the gradient that it captures beside k/d, and the squared cosine "
-            "with the *projected* gradient in units of 1/k. Both hold at once: 1/k against the projection, about 1/d against the gradient.", "",
+            "Laws with a subspace of k dimensions: the share ‖P′∇f‖²/‖∇f‖² of the gradient that it captures beside k/d, and the "
+            "squared cosine with the *projected* gradient in units of 1/k. Both hold at once: 1/k against the projection, "
+            "about 1/d against the gradient.", "",
             *table(["law", "k", "k/d", "captured", "k·E cos² with P′∇f", "formula", "off by"], inside),
         ]  # fmt: skip
     return [
@@ -164,9 +168,9 @@ def bias(found: Sequence[Estimator]) -> list[str]:
              measured(e.bias.get("norm_sq")), predicted(e.bias.get("norm_sq")), number(e.floor)]
         )  # fmt: skip
     return [
-        "Bias ⟨E ĝ − ∇f, v⟩/‖∇f‖ along unit vectors v: the gradient, Hg, and of 8 fixed random ones the one farthest from 0. ‖E ĝ − ∇f‖²/‖∇f‖² comes "
-        "from products of independent estimates and may be negative. The norm of a mean of n estimates cannot show a bias below its "
-        "noise floor, about √(d/n):", "",
+        "Bias ⟨E ĝ − ∇f, v⟩/‖∇f‖ along unit vectors v: the gradient, Hg, and of 8 fixed random ones the one farthest from 0. "
+        "‖E ĝ − ∇f‖²/‖∇f‖² comes from products of independent estimates and may be negative. "
+        "The norm of a mean of n estimates cannot show a bias below its noise floor, about √(d/n):", "",
         *table(["law", "along g", "formula", "along Hg", "farthest of 8", "‖bias‖²", "formula", "floor of the norm"], rows),
     ]  # fmt: skip
 
@@ -227,12 +231,13 @@ def allocation(report: Report) -> list[str]:
     if not found:
         return []
     rows = [
-        [f"`{a.block}`", str(a.rows), str(a.q), number(a.more_rows), number(a.more_queries), number(a.more_steps), estimate(a.critical_rows)] for a in found
+        [f"`{a.block}`", str(a.rows), str(a.q), number(a.more_rows), number(a.more_queries), number(a.more_steps),
+         estimate(a.critical_rows)] for a in found
     ]  # fmt: skip
     return [
         "## Twice the forward passes: more rows, more queries or more steps?", "",
-        "Factor on the squared error of what is averaged, from the measured noise of the rows. Rows beyond the critical number σ²/‖∇f‖² cost "
-        "forward passes and hardly lower the error, because the directions' part does not depend on them:", "",
+        "Factor on the squared error of what is averaged, from the measured noise of the rows. Rows beyond the critical number "
+        "σ²/‖∇f‖² cost forward passes and hardly lower the error, because the directions' part does not depend on them:", "",
         *table(["block", "rows", "q", "twice the rows", "twice the queries", "twice the steps", "critical rows"], rows),
     ]  # fmt: skip
 
