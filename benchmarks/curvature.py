@@ -5,7 +5,8 @@
 
 One thread. Times are CPU seconds of the process (on a shared machine the wall clock measures the neighbours). The tools take turns
 within every repeat, and a ratio is the median over repeats of ratios within one repeat. "Error" is against the converged reference of
-problem.py. Writes runs/bench/curvature.md and ends with an error if a target is missed.
+problem.py; the reference's traces carry a standard error of their own, which is printed. Writes runs/bench/curvature.md and ends with
+an error if a target is missed.
 """
 
 from __future__ import annotations
@@ -208,6 +209,11 @@ def main() -> None:
     if "row" in wanted:
         say(f"whole rows at {args.points} points")
         section = rows_section(p, truths, points, args.repeats, tuple(args.tools))
+        noise = [(t.trace_stderr / t.trace) ** 2 for point in points for t in truths[point]]
+        lines += [
+            f"The reference's own traces: relative standard error {(sum(noise) / len(noise)) ** 0.5:.3f} (rms).",
+            "",
+        ]
         lines += table(f"whole rows at {args.points} points of a run", section, TARGETS["row"], missed)
     if "memory" in wanted:
         lines += [

@@ -1,8 +1,7 @@
 """Four tools, one interface: |λ|max of one layer block, and the whole row (both ends, trace) of all layer blocks at the points of a run.
 
 The public tools get what their authors offer and the best of it: only the block's parameters, their own graph reuse, their own solvers,
-and iteration numbers that were looked up beforehand from the converged answers (``Budget``), so they never do a product more than
-the accuracy needs. Our side gets none of that: it has to decide by itself when to stop.
+and settings that were looked up beforehand from the converged answers (``Budget``): the cheapest with which they are right. Our side gets none of that: it has to decide by itself when to stop.
 """
 
 from __future__ import annotations
@@ -73,7 +72,23 @@ def budgets_of(tool: str, p: Problem, point: int, truths: list[Truth], row: bool
     if not kept.exists():
         p.go(point)
         torch.save([vars(budget(tool, p, i, t, row)) for i, t in enumerate(truths)], kept)
-    return [Budget(**b) for b in torch.load(kept)]
+    return one_setting(tool, [Budget(**b) for b in torch.load(kept)])
+
+
+def one_setting(tool: str, found: list[Budget]) -> list[Budget]:
+    """A caller sets eigsh's tolerance or a number of Lanczos steps for the run, not for a block that is not yet known: the cheapest
+    setting with which *every* block is right. PyHessian, whose own rule adapts to the block, keeps its number for each.
+    """
+    if tool == "PyHessian":
+        return found
+
+    def strictest(settings: list[Any]) -> Any:
+        if any(s is None for s in settings):
+            return None
+        return max(settings) if tool == "hessian-eigenthings" else min(settings, key=lambda s: s[1])
+
+    first, rest = strictest([b.first for b in found]), strictest([b.rest for b in found])
+    return [Budget(first, rest, b.vectors) for b in found]
 
 
 def right(value: float, exact: float) -> bool:
