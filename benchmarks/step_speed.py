@@ -16,10 +16,14 @@ reuses the first-order forward, adapter by SGD; ratio to a first-order LoRA step
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable
 from statistics import median
+
+os.environ["KINETO_LOG_LEVEL"] = "99"  # the profiler announces every start and stop otherwise
+os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
 
 import torch
 from torch import Tensor, nn
