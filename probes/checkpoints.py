@@ -4,8 +4,8 @@
                        state.safetensors     tensors of the optimizer's state
                        state.json            the rest of it, with the step and the model it belongs to
 
-A checkpoint is written beside its place and renamed when it is whole and on the disk; only then the one before it is removed. A full
-disk, a kill or a power cut at any moment leaves a whole checkpoint behind.
+A checkpoint is written beside its place and renamed when it is whole and on the disk: a full disk, a kill or a power cut at any moment
+leaves a whole one behind. The one before it is removed later, when a loss has shown that the new weights are good (`keep`).
 """
 
 from __future__ import annotations
@@ -81,6 +81,11 @@ def latest(folder: Path) -> Path | None:
     return max(folder.glob("step-*"), default=None)
 
 
+def steps(folder: Path) -> list[int]:
+    """Steps of the whole checkpoints."""
+    return sorted(step_of(path) for path in folder.glob("step-*"))
+
+
 def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
@@ -88,7 +93,7 @@ def step_of(checkpoint: Path) -> int:
 def save(
     folder: Path, step: int, blocks: Sequence[Block], state: Mapping[str, Any], identity: Mapping[str, Any]
 ) -> Path:
-    """Write the checkpoint of ``step`` and remove older ones. UserError, with the older ones whole, when it cannot be written."""
+    """Write the checkpoint of ``step`` beside older ones. UserError, with the older ones whole, when it cannot be written."""
     target, partial = folder / f"step-{step:09d}", folder / f".partial-step-{step:09d}"
     old = latest(folder) if folder.is_dir() else None
     try:
@@ -114,10 +119,19 @@ def save(
         kept = f"the checkpoint of step {step_of(old)} is whole" if old else "there was none before it"
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"the checkpoint of step {step} could not be written to {folder} ({reason}): {kept}") from error
-    for path in folder.glob("step-*"):
-        if path != target:
-            shutil.rmtree(path)
     return target
+
+
+def keep(folder: Path, step: int) -> None:
+    """Remove every checkpoint but that of ``step``."""
+    for path in folder.glob("step-*"):
+        if step_of(path) != step:
+            shutil.rmtree(path)
+
+
+def drop(folder: Path, step: int) -> None:
+    """Remove the checkpoint of ``step``."""
+    shutil.rmtree(folder / f"step-{step:09d}", ignore_errors=True)
 
 
 def load(checkpoint: Path, blocks: Sequence[Block], identity: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:

@@ -17,6 +17,7 @@ from hybridtheory.optimizers import METHODS
 _PLAIN = ("hybrid", "hybrid-two-sided", "hybrid-sequential")
 MEASURED_BASE = (
     *_PLAIN,
+    "hybrid-adamw",
     "mezo",
     "zo-conservative",
     "subzero",

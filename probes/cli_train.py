@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
-import signal
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +13,8 @@ from rich.text import Text
 from hybridtheory.errors import UserError
 from probes import rundir
 from probes.cli import ADAPTER, MACHINE, OUTPUT, WHAT, check_numbers, finish, follow, names, one_sentence, option, quiet
-from probes.records import End, Evaluation, Header, Record, Warning
+from probes.interrupts import asking, noting
+from probes.records import End, Evaluation, Header, Record, Step, Warning
 
 TRAINING, RATES, SCORES = "Training", "Learning rates", "Evaluation"
 
@@ -178,14 +175,20 @@ def hybrid_train(
         if rundir.finished(run.done):
             console.print(Text(f"{folder} is finished already"))
             return console.print(train_text.summary(run.done, folder, scored=True))
-        loading = {
+        loading: dict[str, Any] = {
             "peft": peft, "rank": rank, "alpha": alpha, "targets": names(targets), "virtual_tokens": virtual_tokens, "loss": loss,
             "max_length": max_length, "head": head, "labels": names(labels), "template": template, "text_column": text_column,
             "label_column": label_column, "device": device, "dtype": dtype, "seed": seed, "revision": revision,
             "trust_remote_code": trust_remote_code,
         }  # fmt: skip
         if auto:
-            plan = {"seed": seed, "mu": mu, "q": q, "batch_size": batch, "steps": settings["steps"] or 1000}
+            plan: dict[str, Any] = {
+                "seed": seed,
+                "mu": mu,
+                "q": q,
+                "batch_size": batch,
+                "steps": settings["steps"] or 1000,
+            }
             with noting(folder):
                 table = chosen_rates.read(probe(console, model, data, loading, plan, probed))
         with terminal.waiting(console, "loading model and data"):
@@ -205,11 +208,19 @@ def hybrid_train(
 
         board = stack.enter_context(closing(_board(folder, run.done))) if tensorboard else None
         shown: list[Record] = list(run.done)
+        before = {r.step for r in run.done if isinstance(r, Step)}
 
         def emit(record: Record) -> None:
             if not run.append(record):
                 return
             shown.append(record)
+            if isinstance(record, Step) and record.step in before:
+                before.clear()
+                emit(
+                    Warning(
+                        f"step {record.step} gives other numbers than before the interruption: another machine or build of torch"
+                    )
+                )
             if board is not None:
                 board.add(record)
             if isinstance(record, Header):
@@ -273,58 +284,6 @@ def _board(folder: Path, done: list[Record]) -> Any:
 
     found = checkpoints.latest(folder / "checkpoints") if done else None
     return Board(folder / "tensorboard", checkpoints.step_of(found) if found else 0)
-
-
-@contextmanager
-def asking() -> Iterator[Callable[[], bool]]:
-    """The first Ctrl-C asks the run to stop after its step, with a checkpoint; a second one stops it where it is."""
-    pressed = False
-
-    def handle(number: int, frame: Any) -> None:
-        nonlocal pressed
-        if pressed:
-            raise KeyboardInterrupt
-        pressed = True
-
-    try:
-        before = signal.signal(signal.SIGINT, handle)
-    except ValueError:  # not in the main thread: Ctrl-C never comes here
-        yield lambda: False
-        return
-    try:
-        yield lambda: pressed
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-@contextmanager
-def noting(folder: Path, run: rundir.RunFolder | None = None) -> Iterator[None]:
-    """Whatever stops the run, the user learns what is kept and how to go on."""
-    try:
-        yield
-    except BaseException as error:
-        from probes import checkpoints
-
-        if run is not None and run.started:
-            reason = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-            note = "" if reason == "interrupted" else f"{type(error).__name__}: {error}"
-            with suppress(UserError):  # on a full disk the records end without their last line, and can be resumed all the same
-                run.append(End(reason, note))  # type: ignore[arg-type]
-        found = checkpoints.latest(folder / "checkpoints")
-        kept = (
-            f"the records and the checkpoint of step {checkpoints.step_of(found)} are kept in {folder}; "
-            if found
-            else ""
-        )
-        error.add_note(f"{kept}to go on: {command(folder)}")
-        raise
-
-
-def command(folder: Path) -> str:
-    arguments = [a for a in sys.argv[1:] if a != "--resume"]
-    if not any(a == "--out" or a.startswith("--out=") for a in arguments):
-        arguments += ["--out", str(folder)]
-    return shlex.join([Path(sys.argv[0]).name, *arguments, "--resume"])
 
 
 def main() -> None:

@@ -11,28 +11,24 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from hybridtheory.errors import UserError
-from hybridtheory.estimators.catalogue import parse
-from hybridtheory.optimizers import ZeroOrder, build
+from hybridtheory.optimizers import ZeroOrder
 from hybridtheory.training import train
 from probes import checkpoints
 from probes.encoding import Row
 from probes.evaluation import batch_of, evaluate, objective
 from probes.records import Epoch, Evaluation, Outcome, Record, Step, Warning
 from probes.setup import Probe, header
-from probes.sources import load_source
-from probes.splits import Splits, order
 from probes.tasks import Task
 from probes.train_settings import TrainSettings
+from probes.train_setup import dropping, equivalents, evaluation_rows, optimizer_of, overlap, schedule
 
 Emit = Callable[[Record], None]
 Progress = Callable[[str, float], None]
@@ -52,7 +48,8 @@ class Run:
     split: str
     stop: Callable[[], bool]
     progress: Progress
-    saved: int | None = None
+    saved: int | None = None  # step of the newest checkpoint
+    trusted: bool = False  # has a loss been seen at its weights?
     why: str = ""
     clock: float = 0.0
 
@@ -62,6 +59,9 @@ class Run:
         self.emit(Epoch(epoch, order))
 
     def step(self, step: int, loss: float, info: dict[str, Any]) -> bool:
+        good = loss <= self.optimizer.run["ceiling"]
+        if self.saved == step and good:  # this step started at the checkpoint's weights
+            self.trust()
         info = dict(info)
         names = [g["block"].name for g in self.optimizer.param_groups]
         lr = dict(zip(names, (float(x) for x in info.pop("lr")), strict=True))
@@ -75,7 +75,7 @@ class Run:
         if every and made % every == 0:
             self.evaluate(made)
         # A step on the way to divergence is no place to go back to.
-        if made % self.settings.checkpoint_every == 0 and loss <= self.optimizer.run["ceiling"]:
+        if made % self.settings.checkpoint_every == 0 and good:
             self.save()
         self.progress(f"step {made}, loss {loss:.4g}", self.share(made))
         self.clock = time.perf_counter()
@@ -99,7 +99,14 @@ class Run:
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must agree on before it is loaded."""
         info = self.task.info
-        return {"model": info["model_sha256"], "adapter": str(self.task.peft_info), "method": self.settings.method}
+        adapter, s = str(self.task.peft_info), self.settings
+        return {
+            "model": info["model_sha256"],
+            "adapter": adapter,
+            "method": s.method,
+            "law": s.law,
+            "options": s.options,
+        }
 
     def budget_spent(self) -> bool:
         return self.settings.budget is not None and self.equivalents >= self.settings.budget
@@ -128,7 +135,21 @@ class Run:
             return
         state = {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler and self.scheduler.state_dict()}
         checkpoints.save(self.folder / "checkpoints", self.optimizer.steps, self.blocks, state, self.identity)
-        self.saved = self.optimizer.steps
+        self.saved, self.trusted = self.optimizer.steps, False
+
+    def trust(self) -> None:
+        """The newest checkpoint's weights have a good loss: the one before it is not needed any more."""
+        if self.folder is not None and self.saved is not None and not self.trusted:
+            checkpoints.keep(self.folder / "checkpoints", self.saved)
+            self.trusted = True
+
+    def restore_good(self) -> bool:
+        """Go back to the last checkpoint that a loss has shown to be good; one that came after it is removed."""
+        if self.folder is None or self.saved is None:
+            return False
+        if not self.trusted and len(checkpoints.steps(self.folder / "checkpoints")) > 1:
+            checkpoints.drop(self.folder / "checkpoints", self.saved)
+        return self.restore()
 
     def restore(self) -> bool:
         """Go back to the last checkpoint, if there is one."""
@@ -181,12 +202,19 @@ def run(
     sha, exports = None, []
     if status in ("finished", "budget"):
         job.save()
-        job.evaluate(step, final, final_split)
-        exports = finish(task, any(b.group == "base" for b in job.blocks))
-        sha = checkpoints.sha256(checkpoints.weights_of(job.blocks))
+        last = job.evaluate(step, final, final_split)
+        if math.isfinite(last.loss):
+            job.trust()
+            exports = finish(task, any(b.group == "base" for b in job.blocks))
+        else:
+            status, reason = (
+                "not finite",
+                f"the loss of the {final_split} rows is {last.loss} after the last step: lower the learning rates",
+            )
     counts, tokens = optimizer.counts, job.tokens
-    if sha is None and job.restore():
+    if status not in ("finished", "budget") and job.restore_good():
         reason += f"; the last good checkpoint, of step {job.saved}, is kept"
+    if status in ("finished", "budget") or job.saved is not None:
         sha = checkpoints.sha256(checkpoints.weights_of(job.blocks))
     outcome = Outcome(
         status, step, **counts, equivalents=equivalents(counts), tokens=tokens,
@@ -194,11 +222,6 @@ def run(
     )  # fmt: skip
     emit(outcome)
     return outcome
-
-
-def equivalents(counts: dict[str, int]) -> int:
-    """A forward pass counts 1, a backward pass 2."""
-    return counts["forwards"] + 2 * counts["backwards"]
 
 
 def _train(job: Run) -> tuple[Any, int, str]:
@@ -215,89 +238,3 @@ def _train(job: Run) -> tuple[Any, int, str]:
     if ended.status == "stopped":
         return job.why, ended.step, ""
     return ended.status, ended.step, ended.reason
-
-
-def optimizer_of(task: Task, settings: TrainSettings, setup: Probe[TrainSettings]) -> ZeroOrder:
-    """The method's optimizer on the task's blocks."""
-    blocks = {b.group: b for b in setup.groups}
-    law = parse(settings.law) if settings.law is not None else None
-    try:
-        return build(
-            settings.method, task.model, blocks.get("base"), blocks.get("peft"), lr_base=settings.lr_base, lr_peft=settings.lr_peft,
-            seed=settings.seed, law=law, **settings.optimizer_options(),
-        )  # fmt: skip
-    except TypeError as error:
-        raise UserError(f"{settings.method} cannot be made with these options ({error}): see --option") from None
-
-
-def schedule(optimizer: ZeroOrder, settings: TrainSettings) -> torch.optim.lr_scheduler.LRScheduler | None:
-    """None for constant rates; "linear" falls to zero at the end of the run."""
-    if settings.schedule == "constant":
-        return None
-    cost = equivalents(optimizer.cost()) * settings.accumulate
-    ends = [settings.steps, math.ceil(settings.budget / cost) if settings.budget else None]
-    total = min(e for e in ends if e is not None)
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: max(0.0, 1 - t / total))
-
-
-def evaluation_rows(task: Task, settings: TrainSettings) -> tuple[list[Row], str, list[Row], str]:
-    """(rows scored during the run, their name, rows scored at its end, their name).
-
-    Which rows are shown during a run does not depend on its seed, so that runs can be compared.
-    """
-    if settings.eval_data is not None:
-        source = load_source(settings.eval_data)
-        other = Splits(source, task.splits.encoder, 0)  # type: ignore[attr-defined]
-        # A set without a split of its own for testing is here to be tested on: all of it.
-        rows = other["test"] if len(source.splits) > 1 else [r for name in ("train", "test") for r in other[name]]
-        splits, names = (rows, rows), (settings.eval_data, settings.eval_data)
-    else:
-        test = task.splits["test"] if "test" in task.splits else task.splits["dev"]
-        names = ("dev" if "dev" in task.splits else "test", "test" if "test" in task.splits else "dev")
-        splits = (task.splits[names[0]], test)
-    shown, final = ([rows[i] for i in order(len(rows), 0)] for rows in splits)
-    if not shown or not final:
-        raise UserError(f"the data {settings.eval_data or task.info['data']} has no row to evaluate on")
-    return shown[: settings.eval_rows], names[0], final[: settings.final_rows], names[1]
-
-
-def overlap(training: Sequence[Row], held_out: Sequence[Row]) -> list[str]:
-    """A warning when rows that are evaluated are trained on."""
-
-    def key(row: Row) -> tuple[int, ...]:
-        return tuple(row["options"][0]["input_ids"])
-
-    seen = {key(r) for r in training}
-    count = sum(key(r) in seen for r in held_out)
-    return [f"{count} of the {len(held_out)} test rows are training rows too"] if count else []
-
-
-@contextmanager
-def dropping(model: nn.Module, p: float) -> Iterator[None]:
-    """Dropout of probability ``p`` while training (0: none, and evaluation mode). What is dropped is a function of (seed, step)."""
-    if p == 0:
-        model.eval()
-        yield
-        return
-    if any(t.device.type != "cpu" for t in model.parameters()):
-        raise UserError("--dropout can be repeated exactly on the CPU alone: leave it out on an accelerator")
-    found: list[tuple[Any, str, Any]] = []
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            found.append((module, "p", module.p))
-        # Attention keeps its probability as a number; "layerdrop" skips whole layers and is another method.
-        found += [
-            (module, k, v) for k, v in vars(module).items()
-            if isinstance(v, float) and "dropout" in k and "layer" not in k
-        ]  # fmt: skip
-    if not found:
-        raise UserError("--dropout was asked for and this model has no dropout")
-    try:
-        for module, name, _ in found:
-            setattr(module, name, p)
-        model.train()
-        yield
-    finally:
-        for module, name, before in found:
-            setattr(module, name, before)
-        model.eval()

@@ -48,7 +48,7 @@ def limits(report: Report, q: int) -> dict[str, float]:
             found.setdefault("base", []).append(low.value)
         if "peft" in point.blocks and rates.upper_end(point.blocks["peft"]) > 0:
             found.setdefault("peft", []).append(2 / rates.upper_end(point.blocks["peft"]))
-    return {group: min(values) for group, values in found.items()}
+    return {group: float(min(values)) for group, values in found.items()}
 
 
 def text(report: Report) -> str:
