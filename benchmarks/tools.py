@@ -1,7 +1,8 @@
 """Four tools, one interface: |λ|max of one layer block, and the whole row (both ends, trace) of all layer blocks at the points of a run.
 
 The public tools get what their authors offer and the best of it: only the block's parameters, their own graph reuse, their own solvers,
-and settings that were looked up beforehand from the converged answers (``Budget``): the cheapest with which they are right. Our side gets none of that: it has to decide by itself when to stop.
+and settings that were looked up beforehand from the converged answers (``Budget``): the cheapest with which they are right. Our side
+gets none of that: it has to decide by itself when to stop.
 """
 
 from __future__ import annotations
