@@ -158,7 +158,7 @@ def probe_smoothness(
 
         with terminal.Bar(console) as bar:
             done = run.done if run is not None else []
-            stream = smoothness.run(task, settings, done, bar.phase, provenance(), dry=run is None)
+            stream = smoothness.run(task, settings, done, bar.phase, provenance(), dry=run is None, restore=False)
             records = follow(stream, run, console, bar, doctor)
         if run is not None:
             finish(console, run, records)
@@ -187,8 +187,8 @@ def follow(
                     console.print(terminal.versions(record))
             elif isinstance(record, Preflight) and (doctor or record.verdict != "ok"):
                 console.print(terminal.preflight(record))
-            elif isinstance(record, Warning):
-                console.print(terminal.warning(record))
+            elif isinstance(record, Warning) and not any(isinstance(r, Point) for r in records):
+                console.print(terminal.warning(record))  # later ones stand in the summary
             elif isinstance(record, Cost) and record.phase == "estimated":
                 bar.expect(record)
                 console.print(terminal.cost(record))

@@ -18,7 +18,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from probes.markdown import number
 from probes.records import BlockPoint, Estimate, Point, Rate
@@ -105,6 +105,11 @@ def log_axis(axis: Any) -> None:
     low, high = axis.get_view_interval()
     wide = low <= 0 or high / low > 3e3
     few = not wide and high / low < 40
+    if not wide and high / low < 4:
+        axis.set_major_locator(MaxNLocator(4))
+        axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        axis.set_minor_locator(NullLocator())
+        return
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if few else (1.0,), numticks=7))
     axis.set_major_formatter(FuncFormatter(lambda x, _: tick(x, plain=not wide)))
     axis.set_minor_formatter(NullFormatter())
@@ -326,7 +331,10 @@ def signed(ax: Axes, x: float, e: Estimate | None, colour: Any, markers: tuple[s
     size = abs(e.value)
     bound = max(abs(e.upper) - size, 0.0) if e.upper is not None else 0.0
     spread = e.stderr if e.stderr is not None and math.isfinite(e.stderr) else 0.0
-    bar = [[min(spread, 0.999 * size)], [spread or bound]]
+    bar = [
+        [min(spread, 0.8 * size)],
+        [spread or bound],
+    ]  # an error through 0 must not stretch the axis; its mark is the cross
     marker = "x" if not e.resolved else markers[0] if e.value > 0 else markers[1]
     ax.errorbar(x, size, yerr=bar, fmt=marker, color=colour, mfc=colour if e.value > 0 else "white", lw=0.9, zorder=3)
 

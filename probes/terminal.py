@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
@@ -16,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from probes.markdown import RULE_NAMES, count, estimate, interval, memory, number, seconds
-from probes.records import Cost, Header, Preflight, Rate, Warning
+from probes.records import Cost, Estimate, Header, Preflight, Rate, Warning
 from probes.report import Report
 
 
@@ -42,7 +43,7 @@ class Bar:
         columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(bar_width=24))
         self._console = console
         self._started = time.perf_counter()
-        self._phase = ""
+        self._said: set[str] = set()
         live = console.is_terminal
         self._progress = Progress(
             *columns, TimeElapsedColumn(), TimeLeft(), console=console, transient=True, disable=not live
@@ -52,7 +53,7 @@ class Bar:
     def phase(self, what: str, share: float) -> None:
         total = self._progress.tasks[0].total
         self._progress.update(self._task, description=what, completed=share * (total or 0.0))
-        if what != self._phase and not self._console.is_terminal:
+        if what not in self._said and not self._console.is_terminal:  # once each: the run alternates between some
             elapsed = time.perf_counter() - self._started
             self._console.print(
                 Text(
@@ -60,7 +61,7 @@ class Bar:
                     + (f" (about {seconds(total - elapsed)} left)" if total and total > elapsed else "")
                 )
             )
-        self._phase = what
+            self._said.add(what)
 
     def expect(self, cost: Cost) -> None:
         self._progress.update(self._task, total=time.perf_counter() - self._started + cost.seconds)
@@ -92,7 +93,9 @@ def grid(head: Sequence[str], rows: Sequence[Sequence[str]], title: str = "", le
         padding=(0, 2, 0, 0),
     )
     for i, name in enumerate(head):
-        table.add_column(Text(name, style="dim"), justify="left" if i < left else "right", overflow="fold")
+        table.add_column(
+            Text(name, style="dim"), justify="left" if i < left else "right", no_wrap=i < left, overflow="fold"
+        )
     for row in rows:
         table.add_row(*(Text(plain(c)) for c in row))
     return table
@@ -163,18 +166,24 @@ def smoothness(report: Report, most: int = 12) -> list[RenderableType]:
     rows = []
     for block in report.blocks[:most]:
         b, fit = last.blocks.get(block.name), report.chosen_fit(block.name)
-        L1 = "-" if fit is None else number(fit.L1) if fit.identified else "not identified"
-        ends = (
-            [estimate(b.lam_max), estimate(b.lam_min), estimate(b.trace), estimate(b.effective_rank)]
-            if b
-            else ["-"] * 4
-        )
-        rows.append([block.name, *ends, "-" if fit is None else number(fit.L0), L1])
+        ends = [brief(e) for e in (b.lam_max, b.lam_min, b.trace, b.effective_rank)] if b else ["-"] * 4
+        law = ["-", "-"] if fit is None else [number(fit.L0), number(fit.L1) + ("" if fit.identified else " ?")]
+        rows.append([block.name, *ends, *law])
     more = len(report.blocks) - len(rows)
     title = f"curvature at step {last.step}, smoothness L0 + L1·‖∇f‖ over the run" + (
         f" ({more} more blocks in the report)" if more else ""
     )
-    return [grid(["block", "λ max", "λ min", "tr H", "eff. rank", "L0", "L1"], rows, title), Text("")]
+    return [grid(["block", "λ max", "λ min", "tr H", "eff. rank", "L0", "L1"], rows, title), *legend(rows), Text("")]
+
+
+def brief(e: Estimate | None) -> str:
+    """An estimate in a narrow column: a question mark where it is not resolved."""
+    return "-" if e is None else estimate(replace(e, resolved=True)) + ("" if e.resolved else " ?")
+
+
+def legend(rows: list[list[str]]) -> list[RenderableType]:
+    marked = any(cell.endswith("?") for row in rows for cell in row)
+    return [Text("? not resolved (spectrum) or not identified (L1) by this run", style="dim")] if marked else []
 
 
 def rules(report: Report) -> list[RenderableType]:
