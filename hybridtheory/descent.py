@@ -5,8 +5,8 @@ from infinitesimal curvature and what a finite-scale curve says that was fitted 
     peft   f(x, y - s η_y g_y) - f
     both   f(x - s η_x c u, y - s η_y g_y) - f        the same directions, so that what coupling adds is sharp
 
-at fractions s of the step. Standard errors cover the directions and the rounding of the loss (two units). The slope is the exact derivative (the gradient is known); what a finite difference of size mu would
-have measured along the same directions is reported beside it.
+at fractions s of the step. The slope is the exact derivative (the gradient is known); what a finite difference of size mu would have
+measured is reported beside it. Standard errors cover the directions and the rounding of the loss (two units).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import torch
@@ -35,6 +36,9 @@ FITTED_AT = (0.25, 0.5, 0.9)
 PILOT, LEAST_OTHER = 12, 16
 
 
+What = Literal["base", "peft", "both"]
+
+
 @dataclass(frozen=True)
 class StepChange:
     """One step of `what` ("base", "peft", "both") at `factor` of the rates: the mean change of the loss and two predictions.
@@ -42,7 +46,7 @@ class StepChange:
     broken: the parts of measured - quadratic, each as a hypothesis, and the largest in words.
     """
 
-    what: str
+    what: What
     factor: float
     measured: Mean
     quadratic: Mean
@@ -201,8 +205,8 @@ class _Probe:
     def changes(self, local: Local, factors: list[float], precision: float, most: int) -> list[StepChange]:
         peft = [self._change(None, 0.0, s * self.eta_y) if self.peft is not None else 0.0 for s in factors]
         peft_fit = [self._change(None, 0.0, s * self.eta_y) if self.peft is not None else 0.0 for s in FITTED_AT]
-        measured: dict[str, list[Mean]] = {}
-        fitted: dict[str, list[Mean]] = {}
+        measured: dict[What, list[Mean]] = {}
+        fitted: dict[What, list[Mean]] = {}
         start_y = -self.eta_y * local.gy_sq
         if self.peft is not None:
             measured["peft"] = [Mean(v, 0.0, 1) for v in peft]
@@ -226,14 +230,15 @@ class _Probe:
             for what, means in table.items():
                 table[what] = [Mean(m.value, math.hypot(m.stderr, rounding), m.n) for m in means]
         found = []
-        for what in [w for w in ("base", "peft", "both") if w in measured]:
+        order: tuple[What, ...] = ("base", "peft", "both")
+        for what in [w for w in order if w in measured]:
             for i, s in enumerate(factors):
                 interplay = measured["both"][i].value - measured["base"][i].value - peft[i] if what == "both" else 0.0
                 found.append(self._compared(local, what, s, measured[what][i], fitted[what][i], interplay))
         return found
 
     def _compared(
-        self, local: Local, what: str, s: float, measured: Mean, fitted: Mean, interplay: float
+        self, local: Local, what: What, s: float, measured: Mean, fitted: Mean, interplay: float
     ) -> StepChange:
         eta_x = s * self.eta_x if what != "peft" else 0.0
         eta_y = s * self.eta_y if what != "base" else 0.0

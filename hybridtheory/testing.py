@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +80,8 @@ def check_descent(
     try:
         oracle = Oracle(model, MeanLoss(loss), batches, list(groups.values()))
         _, changes = one_step(
-            oracle, groups.get("base"), groups.get("peft"), lr_base or 0.0, lr_peft or 0.0, (1.0,), seed=seed, mu=mu, precision=tolerance / 5,
-            most=directions, curved=16,
+            oracle, groups.get("base"), groups.get("peft"), lr_base or 0.0, lr_peft or 0.0, (1.0,), seed=seed, mu=mu,
+            precision=tolerance / 5, most=directions, curved=16,
         )  # fmt: skip
     finally:
         for module, mode in modes:
@@ -99,9 +99,9 @@ def check_descent(
         (down, *found.hypotheses), found.broken if prediction == "quadratic" else "",
     )  # fmt: skip
     if not down.holds:
-        return Check(**{**check.__dict__, "holds": False, "note": f"the step raises the loss: {check.note}"})
+        return replace(check, holds=False, note=f"the step raises the loss: {check.note}")
     if found.measured.value + 2 * found.measured.stderr >= 0 and check.holds:
-        return Check(**{**check.__dict__, "holds": None, "note": f"a change this near 0 is not resolved: {check.note}"})
+        return replace(check, holds=None, note=f"a change this near 0 is not resolved: {check.note}")
     return check
 
 

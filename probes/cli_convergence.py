@@ -20,6 +20,17 @@ from probes.cli import ADAPTER, MACHINE, MEASURE, OUTPUT, PLAN, WHAT, check_numb
 from probes.records import Cost, End, Header, Point, Preflight, Record, Warning
 
 FAILED = 3
+LR_PEFT = option(PLAN, "Rate of the PEFT weights.", show_default="recommended by probe-smoothness")
+LR_BASE = option(PLAN, "Rate of the base weights.", show_default="recommended by probe-smoothness")
+TARGETS = option(ADAPTER, "Modules to adapt, comma-separated, or a regex.", show_default="peft's own choice")
+MICRO = option(MACHINE, "Rows at a time: less memory, the same numbers.", show_default="a quarter of the rows")
+DATA = option(
+    WHAT,
+    "A named task, a file, a folder or a hub data set, as in probe-smoothness.",
+    "--data",
+    show_default="sentiment",
+)
+MODEL = typer.Argument(help="Hub name, local folder or GGUF file; nothing: the embedded model.", show_default=False)
 
 app = typer.Typer(
     add_completion=False,
@@ -31,8 +42,8 @@ app = typer.Typer(
 
 @app.command()
 def probe_convergence(
-    model: Annotated[str | None, typer.Argument(help="Hub name, local folder or GGUF file; nothing: the embedded model.", show_default=False)] = None,
-    data: Annotated[str | None, option(WHAT, "A named task, a file, a folder or a hub data set, as in probe-smoothness.", "--data", show_default="sentiment")] = None,
+    model: Annotated[str | None, MODEL] = None,
+    data: Annotated[str | None, DATA] = None,
     rows: Annotated[int, option(WHAT, "Rows to measure on: they are the whole objective.")] = 8,
     max_length: Annotated[int | None, option(WHAT, "Longest row in tokens.", show_default="256 or the context")] = None,
     loss: Annotated[str, option(WHAT, "vocabulary: cross-entropy over all tokens; labels: over the label words only.")] = "vocabulary",
@@ -44,10 +55,10 @@ def probe_convergence(
     peft: Annotated[str, option(ADAPTER, "lora, ia3, prefix, prompt, none, or the folder of a saved adapter.")] = "lora",
     rank: Annotated[int, option(ADAPTER, "LoRA rank.")] = 8,
     alpha: Annotated[float | None, option(ADAPTER, "LoRA alpha; the scale is alpha/rank.", show_default="2 x rank")] = None,
-    targets: Annotated[str | None, option(ADAPTER, "Modules to adapt, comma-separated, or a regex.", show_default="peft's own choice")] = None,
-    method: Annotated[str, option(PLAN, "What moves the weights: hybrid-two-sided, hybrid (one-sided), mezo, zo-adam, ...")] = "hybrid-two-sided",
-    lr_base: Annotated[float | None, option(PLAN, "Rate of the base weights.", show_default="recommended by probe-smoothness")] = None,
-    lr_peft: Annotated[float | None, option(PLAN, "Rate of the PEFT weights.", show_default="recommended by probe-smoothness")] = None,
+    targets: Annotated[str | None, TARGETS] = None,
+    method: Annotated[str, option(PLAN, "What moves the weights: hybrid-two-sided, hybrid, mezo, zo-adam, ...")] = "hybrid-two-sided",
+    lr_base: Annotated[float | None, LR_BASE] = None,
+    lr_peft: Annotated[float | None, LR_PEFT] = None,
     rates: Annotated[Path | None, option(PLAN, "A trainer.toml that probe-smoothness wrote: rates, mu and q.", show_default=False)] = None,
     steps: Annotated[int, option(PLAN, "Steps of each run.")] = 24,
     runs: Annotated[int, option(PLAN, "Runs with different directions: errors of means over runs.")] = 3,
@@ -63,7 +74,7 @@ def probe_convergence(
     seed: Annotated[int, option(MEASURE, "Every random number follows from it.")] = 0,
     device: Annotated[str, option(MACHINE, "cpu, cuda, cuda:1, mps.")] = "cpu",
     dtype: Annotated[str, option(MACHINE, "float32 (for verification), float64, bfloat16, float16.")] = "float32",
-    micro_batch: Annotated[int | None, option(MACHINE, "Rows at a time: less memory, the same numbers.", show_default="a quarter of the rows")] = None,
+    micro_batch: Annotated[int | None, MICRO] = None,
     out: Annotated[Path | None, option(OUTPUT, "Run folder.", show_default="runs/convergence-MODEL-DATA")] = None,
     dry_run: Annotated[bool, option(OUTPUT, "Cost estimate, then stop; nothing is written.", "--dry-run")] = False,
     strict: Annotated[bool, option(OUTPUT, "Exit with 3 when a check fails.", "--strict")] = False,

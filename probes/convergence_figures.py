@@ -92,7 +92,7 @@ def descent(records: Sequence[Record]) -> Figure | None:
         ax.minorticks_off()
     axes[0].set_ylabel("measured / predicted\nmean change of the loss")
     axes[0].set_ylim(max(lowest - 0.08, -0.5), min(highest + 0.08, 2.5))
-    handles = [
+    handles: list[Any] = [
         Line2D([], [], ls="", marker=m, color="black", mfc=f or "black", label=label) for m, f, label in DIRECT.values()
     ]
     handles += [Line2D([], [], ls="", marker="s", color=palette[s], label=f"step {s}") for s in steps]
@@ -125,11 +125,11 @@ def bounds(records: Sequence[Record]) -> Figure | None:
             label = "" if i == 0 else " (every run)" if "every run" in claim.claim else ""
             ax.plot(
                 [t for t, _ in kept],
-                [c.bound for _, c in kept],
+                [float(c.bound or 0.0) for _, c in kept],
                 color=RED,
                 ls=("-", "--")[i % 2],
                 label=f"bound{label}",
-            )  # type: ignore[misc]
+            )
             ax.plot(
                 [t for t, _ in kept],
                 [c.measured for _, c in kept],
@@ -178,6 +178,7 @@ def slack(records: Sequence[Record]) -> Figure | None:
         return None
     figure = Figure(figsize=(6.4, 0.9 + 0.42 * len(found)))
     ax = figure.subplots()
+    longest = 1.0
     for y, c in enumerate(found):
         off = [
             max(h.value / h.limit, h.limit / h.value)
@@ -185,9 +186,11 @@ def slack(records: Sequence[Record]) -> Figure | None:
             if not h.holds and h.value > 0 and h.limit > 0
         ]
         if c.holds is not None and c.slack is not None:
+            longest = max(longest, c.slack)
             ax.barh(y, c.slack, left=0, color=BLUE if c.holds else RED, height=0.6)
             ax.text(c.slack * 1.15, y, number(c.slack, 2), va="center", fontsize=7.5)
         elif off:
+            longest = max(longest, *off)
             ax.barh(y, max(off), color="0.85", height=0.6, hatch="///", edgecolor="0.6", lw=0.5)
             worst = next(
                 h
@@ -204,7 +207,7 @@ def slack(records: Sequence[Record]) -> Figure | None:
     ax.set(xscale="log", xlabel="bound / measured  (hatched: factor by which a hypothesis fails)")
     ax.set_yticks(range(len(found)), [c.claim.split(":")[0].removeprefix("Theorem ") + _which(c.claim) for c in found])
     ax.set_ylim(len(found) - 0.4, -0.6)
-    widest = max([10.0, *(patch.get_width() for patch in ax.patches)])
+    widest = max(10.0, longest)
     # Room for the words beside the longest bar: two thirds of the axis are bars.
     ax.set_xlim(0.5, widest**1.6 * 10)
     log_axis(ax.xaxis)

@@ -50,6 +50,11 @@ def ratio(d: Descent, predicted: float, error: float) -> str:
     return f"{d.measured / predicted:.3f} ± {spread:.3f}"
 
 
+def share(d: Descent) -> str:
+    """Standard error over the mean."""
+    return f"{100 * d.stderr / abs(d.measured):.1f} %" if d.measured else "–"
+
+
 def text(records: Sequence[Record]) -> str:
     """report.md."""
     parts = [
@@ -70,7 +75,8 @@ def opening(records: Sequence[Record]) -> list[str]:
     if not rundir.finished(records):
         out += ["**This run did not finish: what follows is what was measured until it stopped.**", ""]
     out.append(
-        f"{head.model.architecture} with {head.model.parameters:,} parameters; {head.data.rows} rows, {head.data.tokens:,.0f} scored positions; loss: {head.data.loss}."
+        f"{head.model.architecture} with {head.model.parameters:,} parameters; {head.data.rows} rows, {head.data.tokens:,.0f} "
+        f"scored positions; loss: {head.data.loss}."
     )
     if runs and found:
         c = found[-1]
@@ -90,7 +96,8 @@ def answer(records: Sequence[Record]) -> list[str]:
     counts = {v: sum(c.holds is v for c in checks) for v in (True, False, None)}
     out = ["## Does theory describe this run?", ""]
     out.append(
-        f"{counts[True]} checks hold, {counts[False]} fail, {counts[None]} are undecided (a hypothesis does not hold, or is shown without being held to)."
+        f"{counts[True]} checks hold, {counts[False]} fail, {counts[None]} are undecided "
+        f"(a hypothesis does not hold, or the claim is shown without being held to)."
     )
     out.append("")
     out += [
@@ -128,7 +135,7 @@ def descent(records: Sequence[Record]) -> list[str]:
         q, f = (held.get((claim, kind)) for kind in ("quadratic", "fitted"))
         broken = [h for h in d.hypotheses if not h.holds]
         rows.append([
-            str(d.step), WORDS[d.what], f"{d.factor:g}", number(d.measured), f"{100 * d.stderr / abs(d.measured):.1f} %" if d.measured else "–", str(d.n),
+            str(d.step), WORDS[d.what], f"{d.factor:g}", number(d.measured), share(d), str(d.n),
             f"{ratio(d, d.quadratic, d.quadratic_stderr)} {verdict(q) if q is not None else ''}",
             f"{ratio(d, d.fitted, d.fitted_stderr)} {verdict(f)}", d.broken if broken else "–",
         ])  # fmt: skip
@@ -136,8 +143,8 @@ def descent(records: Sequence[Record]) -> list[str]:
     return [
         "## One step: predicted and measured",
         "",
-        "Mean change of the loss over Gaussian directions with exact slopes, at fractions of the rates. Identity Q with infinitesimal curvature is held to "
-        "10 % up to 0.1 of the rates; the finite-scale curve, fitted on other directions, to 15 % everywhere.",
+        "Mean change of the loss over Gaussian directions with exact slopes, at fractions of the rates. Identity Q with infinitesimal "
+        "curvature is held to 10 % up to 0.1 of the rates; the finite-scale curve, fitted on other directions, to 15 % everywhere.",
         "",
         *table(
             [

@@ -61,7 +61,7 @@ class Walker:
     turned: dict[str, list[float]] = field(default_factory=dict)
 
     def steps(self, count: int) -> Iterator[int]:
-        """Yield the number of each step before it is taken, while the weights are those at its start; stops at a loss that is not finite."""
+        """Yield the number of each step before it is taken, at the weights that it starts from; stops at a loss that is not finite."""
         for table in (self.squares, self.noise, self.moved, self.turned):
             table.update({b.group: [] for b in self.groups})
         order = minibatches(

@@ -248,8 +248,8 @@ def simulated(law: str = "gaussian", share: float = 0.9, steps: int = 60, theore
     zero = np.zeros_like(out.gx_sq.T)
     return Evidence(
         eta_x, eta_y, d, A=Lx, B=Ly, C=0.0, L_x=Lx, L_y=Ly, trace_plus=d * Lx, cross_sq=0.0, law_x=(Lx, 0.0), law_y=(Ly, 0.0),
-        Delta=float(out.f[0, 0] - problem.f_star), loss=out.f[:-1].T, gx_sq=out.gx_sq.T, gy_sq=out.gy_sq.T, sigma_x_sq=zero, sigma_y_sq=zero,
-        slope_sq=out.slope_sq.T, law=law,
+        Delta=float(out.f[0, 0] - problem.f_star), loss=out.f[:-1].T, gx_sq=out.gx_sq.T, gy_sq=out.gy_sq.T, sigma_x_sq=zero,
+        sigma_y_sq=zero, slope_sq=out.slope_sq.T, law=law,
     )  # fmt: skip
 
 
@@ -359,8 +359,10 @@ def test_a_run_that_ended_early_violates_the_bound() -> None:
         "noise": {g: [0.0] * 4 for g in ("base", "peft")},
     }
     constants = {
-        "eta": {"base": e.eta_x, "peft": e.eta_y}, "norms": {"base": e.A, "peft": e.B, "coupling": 0.0}, "L": {"base": e.L_x, "peft": e.L_y},
-        "trace_plus": e.trace_plus, "cross_sq": 0.0, "laws": {}, "d": {"base": e.d, "peft": 4}, "Delta": 1.0, "slope_error": 0.0, "mu": 0.0, "q": 1,
+        "eta": {"base": e.eta_x, "peft": e.eta_y}, "norms": {"base": e.A, "peft": e.B, "coupling": 0.0},
+        "L": {"base": e.L_x, "peft": e.L_y},
+        "trace_plus": e.trace_plus, "cross_sq": 0.0, "laws": {}, "d": {"base": e.d, "peft": 4}, "Delta": 1.0, "slope_error": 0.0,
+        "mu": 0.0, "q": 1,
         "law": "gaussian", "n": 1, "sampling": "full", "method": "hybrid", "sgd": True,
     }  # fmt: skip
     assert hold(evidence(constants, [run, good]), "A0")[0].holds is False
@@ -422,8 +424,10 @@ def test_readme_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         for loss, x, y, slope in zip(e.loss.tolist(), e.gx_sq.tolist(), e.gy_sq.tolist(), e.slope_sq.tolist(), strict=True)  # type: ignore[union-attr]
     ]  # fmt: skip
     constants = {
-        "kind": "constants", "eta": {"base": e.eta_x, "peft": e.eta_y}, "norms": {"base": e.A, "peft": e.B}, "L": {"base": e.L_x, "peft": e.L_y},
-        "trace_plus": e.trace_plus, "cross_sq": 0.0, "laws": {}, "d": {"base": e.d}, "Delta": e.Delta, "slope_error": 0.0, "mu": 0.0, "q": 1,
+        "kind": "constants", "eta": {"base": e.eta_x, "peft": e.eta_y}, "norms": {"base": e.A, "peft": e.B},
+        "L": {"base": e.L_x, "peft": e.L_y},
+        "trace_plus": e.trace_plus, "cross_sq": 0.0, "laws": {}, "d": {"base": e.d}, "Delta": e.Delta, "slope_error": 0.0,
+        "mu": 0.0, "q": 1,
         "law": "gaussian", "n": 1, "sampling": "full", "method": "hybrid", "sgd": True,
     }  # fmt: skip
     folder = tmp_path / "runs" / "mine"

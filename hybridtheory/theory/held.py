@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -131,20 +131,15 @@ def hold(e: Evidence, theorem: str) -> list[Check]:
     found = []
     for bound in bounds:
         x = e.slope_sq if "D_t" in bound.quantity else None
-        measured, error = e.averaged(*bound.weights, e.n if theorem == "D" and e.sampling == "reshuffle" else 1, x)
-        check = check_bound(f"{bound.theorem}: {bound.quantity}", measured, bound.value, error, tested)
-        if "D_t" in bound.quantity:  # it holds on every run, not on average
+        measured, stderr = e.averaged(*bound.weights, e.n if theorem == "D" and e.sampling == "reshuffle" else 1, x)
+        check = check_bound(f"{bound.theorem}: {bound.quantity}", measured, bound.value, stderr, tested)
+        if x is not None:  # it holds on every run, not on average
             worst = float((bound.weights[0] * x + bound.weights[1] * e.gy_sq).mean(1).max())
             check = check_bound(check.claim, worst, bound.value, 0.0, tested)
-        found.append(
-            _noted(
-                check,
-                broken,
-                ""
-                if e.gx_sq.shape[0] > 1 or "every run" in bound.theorem
-                else "one run: the bound is on the mean over runs",
-            )
-        )
+        note = "" if "every run" in bound.theorem or len(e.gx_sq) > 1 else "one run: the bound is on the mean over runs"
+        if note and check.holds is False and math.isfinite(measured):
+            check = replace(check, holds=None)  # a mean over one run decides nothing
+        found.append(_noted(check, broken, note))
     if theorem == "C'":
         found += [_noted(c, broken, "") for c in _pathwise(e, tested)]
     return found
@@ -163,7 +158,7 @@ def failing(hypotheses: Sequence[Hypothesis]) -> str:
 
 def _noted(check: Check, broken: str, more: str) -> Check:
     note = f"does not hold here: {broken}" if broken else more
-    return Check(**{**check.__dict__, "holds": None if broken else check.holds, "note": note})
+    return replace(check, holds=None if broken else check.holds, note=note)
 
 
 def _undecided(e: Evidence, theorem: str, tested: tuple[Hypothesis, ...], reason: str = "") -> Check:
@@ -235,8 +230,8 @@ def _bounds(e: Evidence, theorem: str) -> list[Bound]:
 
 
 def split(e: Evidence) -> tuple[float, float, float]:
-    """(L_x, L_y, tr M_x) of Theorem A0: of all L_y > B, each with M_x = H_xx,+ + H_xy (L_y I - H_yy)^-1 H_yx, the one that leaves both rates
-    the most room below the theorem's limits. Without coupling they are A, B and tr(H_xx,+). Ours (Schur complement)."""
+    """(L_x, L_y, tr M_x) of Theorem A0: of all L_y > B, each with M_x = H_xx,+ + H_xy (L_y I - H_yy)^-1 H_yx, the one that leaves both
+    rates the most room below the theorem's limits. Without coupling they are A, B and tr(H_xx,+). Ours (Schur complement)."""
     if e.eta_x == 0 or e.eta_y == 0 or e.C == 0:
         return (e.A if e.eta_x > 0 else 1.0), (e.B if e.eta_y > 0 else 1.0), e.trace_plus if e.eta_x > 0 else 1.0
     room = np.geomspace(1e-3, 1e4, 400) * max(e.B, e.C)  # L_y - B
@@ -273,7 +268,7 @@ def evidence(constants: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) ->
         raise UserError(
             "the records hold no run (no line of kind 'trajectory'): let probe-convergence finish its first run"
         )
-    steps = max(len(r["loss"]) for r in runs)
+    steps = max(len(r["loss"]) + (r["status"] != "finished") for r in runs)
     whole = all(r["status"] == "finished" for r in runs)
 
     def rows(values: Callable[[Mapping[str, Any]], Sequence[float] | None], fill: float = math.inf) -> Array:
