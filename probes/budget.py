@@ -43,7 +43,7 @@ ROWS, QUERIES = (1, 4, 16, 64), (1, 4, 16)
 
 
 def grid(mus: Sequence[float] | None, d: int) -> list[float]:
-    """The mus of the sweep: half decades, whole ones for large models; the published defaults are among them."""
+    """The mus of the sweep: half decades, whole ones for models of more than LARGE weights d; the published defaults are among them."""
     if mus is not None:
         return sorted(set(mus))
     per = 1 if d > LARGE else 2
@@ -51,7 +51,7 @@ def grid(mus: Sequence[float] | None, d: int) -> list[float]:
 
 
 def directions(wanted: int | None, d: int) -> int:
-    return wanted or (4 if d > LARGE else 12)
+    return wanted or (4 if d > LARGE else 8)
 
 
 def measure(
@@ -59,11 +59,12 @@ def measure(
 ) -> Iterator[Budget | Allocation | Warning]:
     """The error budget of one group, and what more forward passes would best be spent on."""
     s, d = probe.settings, group.numel
-    mus = grid(s.mus, d)
+    size = sum(g.numel for g in probe.groups)  # a forward pass costs by the model, whatever is moved
+    mus = grid(s.mus, size)
     gg = dot(gradient, gradient)
     plan = Perturbation(probe.task.model, group)
     errors, weights, slopes, losses = [], [], [], []
-    for i in range(directions(s.directions, d)):
+    for i in range(directions(s.directions, size)):
         key = Key(s.seed, (3 << 32) + i)
         # Drawn once for all its mus: a block of float32 beside the model, dropped before the next direction.
         law = Kept(Gaussian()).bind(group, [key])

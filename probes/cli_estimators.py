@@ -85,7 +85,7 @@ def probe_estimators(
     ] = None,
     max_draws: Annotated[int, option(MEASURE, "Most directions of one law.")] = 20_000,
     directions: Annotated[
-        int | None, option(MEASURE, "Directions of the error budget.", show_default="12; 4 above 10 M weights")
+        int | None, option(MEASURE, "Directions of the error budget.", show_default="8; 4 above 10 M weights")
     ] = None,
     mus: Annotated[
         str | None,

@@ -31,6 +31,8 @@ G, HG, R, CAPTURED, COLUMNS = 0, 1, 2, 2 + TESTS, 3 + TESTS
 _PATTERN = 1 << 12
 # Entries that are looked at together: 16 directions of them fit into a core's cache.
 PIECE = 1 << 14
+# Weights of a group up to which its columns are kept (100 MB) instead of being made for each batch.
+KEPT = 1 << 21
 
 
 def _pieces(n: int) -> Iterator[tuple[int, int]]:
@@ -54,6 +56,7 @@ class Reference:
     Hg: dict[str, Tensor]
     patterns: Tensor  # (TESTS, _PATTERN)
     row_signs: dict[str, Tensor]  # (rows, TESTS)
+    kept: dict[tuple[str, int, int], Tensor] = field(default_factory=dict)  # columns of small groups, made once
 
     @classmethod
     def of(cls, group: Block, part: dict[str, str], g: Tensors, Hg: Tensors, seed: int) -> Reference:
@@ -69,6 +72,8 @@ class Reference:
 
     def columns(self, name: str, start: int, stop: int) -> Tensor:
         """g, Hg and the fixed vectors on some entries of one tensor, (2 + TESTS, stop - start); ``start`` is a multiple of PIECE."""
+        if (name, start, stop) in self.kept:
+            return self.kept[name, start, stop]
         out = torch.empty(2 + TESTS, stop - start, dtype=self.patterns.dtype, device=self.patterns.device)
         out[G], out[HG] = self.g[name][start:stop], self.Hg[name][start:stop]
         row, whole = start // _PATTERN, (stop - start) // _PATTERN
@@ -79,6 +84,8 @@ class Reference:
         ) if whole else None
         if cut < stop - start:
             torch.mul(self.patterns[:, : stop - start - cut], ours[:, whole:], out=out[R:, cut:])
+        if self.group.numel <= KEPT:
+            self.kept[name, start, stop] = out
         return out
 
     def column(self, name: str, index: int) -> Tensor:

@@ -72,8 +72,9 @@ DEFAULT_LAWS = (
 )  # fmt: skip
 # Up to this many weights in a block the second moment is sampled to 3 %, above to 15 %.
 SMALL = 10_000_000
-# Estimates that a pilot draws; slopes are nearly normal, so |ghat|^2 varies by sqrt(2) of itself and no pilot may say less.
-PILOT, RELATIVE_VARIANCE = 32, 2.0
+# Directions of a pilot (half of them above SMALL weights). Slopes are nearly normal, so |ghat|^2 varies by sqrt(2) of itself: no pilot
+# may say less, and a pilot so small is believed only where it has enough estimates and says clearly more.
+PILOT, RELATIVE_VARIANCE, ENOUGH, CLEARLY = 64, 2.0, 16, 1.5
 BINS = 40
 # A coordinate is looked up and not drawn: this many times more of them than of other directions are allowed.
 COORDINATES = 5
@@ -247,6 +248,10 @@ def _group(
         yield from _source(s, source, group, blocks, reference, h)
 
 
+def _pilot(d: int) -> int:
+    return PILOT if d <= SMALL else PILOT // 2
+
+
 def _sources(members: Sequence[Member], group: Block) -> list[Source]:
     """Members that share a Gaussian direction first; coordinates are looked up; every other law draws its own."""
     shared: list[Member] = []
@@ -307,14 +312,17 @@ def _source(
     """Pilot, then as many fresh directions as it calls for, then every member on every block."""
     laws = {m.label: m.on(group, h) for m in source.members}
     precision = s.precision_for(group.numel)
-    pilot = _draw(s, source, laws, group, blocks, reference, 1, min(PILOT, s.max_draws))
+    pilot = _draw(s, source, laws, group, blocks, reference, 1, min(_pilot(group.numel), s.max_draws))
     needed = 0.0
-    if source.kind == "coordinate":  # heavy-tailed: what 32 draws show of its spread is nothing, and it is known
+    if source.kind == "coordinate":  # heavy-tailed: what a pilot shows of its spread is nothing, and it is known
         needed = coordinate_spread(reference, group) / precision**2
     for m in source.members:
         found = _estimates(m, laws[m.label], pilot(m, group), group.numel)
-        spread = float(np.var(found.norm_sq, ddof=1) / np.mean(found.norm_sq) ** 2) if len(found.norm_sq) > 1 else 0.0
-        needed = max(needed, max(spread, RELATIVE_VARIANCE / m.q) / precision**2 * m.q)
+        spread = RELATIVE_VARIANCE / m.q
+        if len(found.norm_sq) >= ENOUGH:
+            shown = float(np.var(found.norm_sq, ddof=1) / np.mean(found.norm_sq) ** 2)
+            spread = shown if shown > CLEARLY * spread else spread
+        needed = max(needed, spread / precision**2 * m.q)
     count = min(math.ceil(needed), s.max_draws * (COORDINATES if source.kind == "coordinate" else 1))
     collected = _draw(s, source, laws, group, blocks, reference, 2, count)
     for m in source.members:
@@ -570,16 +578,17 @@ def _estimate(probe: Setup[Settings], members: Sequence[Member]) -> Cost:
     z: list[Tensor] = []
     per_draw = timed(lambda: z.append(draws.normal_chunk(Key(s.seed), "cost", sample, 0))) / sample.numel()
     seconds, values, products = value + gradient, 0.0, 0.0
+    size = sum(g.numel for g in probe.groups)
     for group in probe.groups:
         d = group.numel
-        count = RELATIVE_VARIANCE / s.precision_for(d) ** 2 + PILOT
+        count = RELATIVE_VARIANCE / s.precision_for(d) ** 2 + _pilot(d)
         # Inner products of a direction cost about what drawing it does, for each law anew.
         seconds += sum(
             count * d * per_draw * (1 + len(x.members) * 0.7)
             for x in _sources(members, group)
             if x.kind != "coordinate"
         )
-        sweep = budget.grid(s.mus, d), budget.directions(s.directions, d)
+        sweep = budget.grid(s.mus, size), budget.directions(s.directions, size)
         group_values = 2 * len(sweep[0]) * sweep[1]
         values += group_values
         seconds += group_values * (value + d * per_draw / len(sweep[0]))

@@ -175,7 +175,7 @@ def budget_panel(ax: Axes, b: Budget) -> None:
     ax.errorbar(b.mu, added, yerr=error, fmt="o", mfc="white", color="black", ms=4, lw=0.9, zorder=3)
     if b.flat is not None:
         ax.axvspan(*b.flat, color="0.93", zorder=0)
-    ax.set(xscale="log", yscale="log", xlabel="μ", ylim=(floor, max(30 * base, 3 * b.direction)))
+    ax.set(xscale="log", yscale="log", xlabel="μ", ylim=(floor, min(max(30 * base, 3 * max(b.added)), 1e5 * base)))
     top = ax.get_ylim()[1]
     for p in b.published:
         if min(b.mu) <= p.mu <= max(b.mu):
