@@ -7,7 +7,7 @@ global state: figures are made without pyplot's current figure, and the style fi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,7 +46,7 @@ def style() -> Iterator[None]:
 
 def drawn(report: Report) -> dict[str, Figure]:
     """All figures that the run has data for, by file name without suffix."""
-    makers: dict[str, Callable[[Report], Figure | None]] = {
+    makers: Mapping[str, Callable[[Report], Figure | None]] = {
         "learning_rates": learning_rates,
         "smoothness": smoothness,
         "spectrum": spectrum,
