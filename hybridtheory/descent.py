@@ -6,7 +6,7 @@ from infinitesimal curvature and what a finite-scale curve says that was fitted 
     both   f(x - s η_x c u, y - s η_y g_y) - f        the same directions, so that what coupling adds is sharp
 
 at fractions s of the step. The slope is the exact derivative (the gradient is known); what a finite difference of size mu would have
-measured is reported beside it. Standard errors cover the directions and the rounding of the loss (two units).
+measured is reported beside it. Standard errors cover the directions and the rounding of the loss.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
-import torch
 
 from hybridtheory import streams
 from hybridtheory.blocks import Block
@@ -34,6 +33,8 @@ from hybridtheory.vectors import Tensors, add_, dot, scale
 # Fractions of the step at which other directions are looked at; none is a fraction that is predicted.
 FITTED_AT = (0.25, 0.5, 0.9)
 PILOT, LEAST_OTHER = 12, 16
+# A displacement at which curvature moves the loss by nothing (tr H/2 times its square).
+TINY = 1e-7
 
 
 What = Literal["base", "peft", "both"]
@@ -136,6 +137,7 @@ class _Probe:
         self.g_x: Tensors = gradients.get("base", [])
         self.g_y: Tensors = gradients.get("peft", [])
         self.size = math.sqrt(dot(self.g_x, self.g_x))
+        self.noise = self._rounding()
 
     # ---- derivatives ----
 
@@ -168,12 +170,23 @@ class _Probe:
         )  # fmt: skip
 
     def _kink_peft(self, yHy: float) -> float:
-        """Second difference of f along g_y less g_y'H_yy g_y, at a hundredth of the step: what kinks add."""
+        """Second difference of f along g_y less g_y'H_yy g_y, at a tenth of the step: what kinks add; 0 where rounding could make it."""
         if self.peft is None or not self.g_y:
             return 0.0
-        by = 0.03 * self.eta_y
+        by = 0.1 * self.eta_y
         up, down = (self._change(None, 0.0, sign * by) for sign in (1, -1))
-        return (up + down) / by**2 - yHy
+        found = (up + down) / by**2 - yHy
+        return found if abs(found) * by**2 > 6 * self.noise else 0.0
+
+    def _rounding(self, tries: int = 6) -> float:
+        """Root mean square error of one change of the loss: what is left of moves so small that only the derivative moves the loss."""
+        block, g = self.blocks[0], self.g_x if self.base is not None else self.g_y
+        left = []
+        for j in range(tries):
+            u = streams.gaussian(block, self.seed, "one step, rounding", self.index, j)
+            with self.oracle.moved(block, u, TINY):
+                left.append(self.oracle.value() - self.loss - TINY * dot(u, g))
+        return math.sqrt(float(np.mean(np.square(left))))
 
     def _moved(self, u: Tensors, by: float) -> float:
         assert self.base is not None
@@ -225,7 +238,7 @@ class _Probe:
                 cross = fitted_changes(FITTED_AT, extra[0] / z_sq[:, None], 0.0, factors)
                 fitted["both"] = [a + b + c for a, b, c in zip(fitted["base"], fitted["peft"], cross, strict=True)]
         # Losses are rounded: at small steps on a large loss that, and not the directions, is the error.
-        rounding = 2 * torch.finfo(self.blocks[0].tensors[0].dtype).eps * abs(self.loss)
+        rounding = self.noise
         for table in (measured, fitted):
             for what, means in table.items():
                 table[what] = [Mean(m.value, math.hypot(m.stderr, rounding), m.n) for m in means]
@@ -247,7 +260,7 @@ class _Probe:
         bend = 0.5 * eta_x**2 * local.gx_sq
         error = bend * (local.trace.stderr or 0.0)
         kinks = 0.5 * eta_y**2 * local.kink_peft
-        if local.kink.stderr is not None and abs(local.kink.value) > 2 * local.kink.stderr:
+        if local.kink.stderr is not None and abs(local.kink.value) > 3 * local.kink.stderr:
             kinks += bend * local.kink.value
         coupling = interplay - step.coupling if what == "both" else 0.0
         tolerance = 0.1

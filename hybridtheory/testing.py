@@ -55,7 +55,7 @@ def check_descent(
         tolerance: largest |measured/predicted - 1| that passes.    directions: the most that are spent on the mean.
         mu: step of the difference whose disagreement with the derivative is tested ("kinks").
     Statement: holds when measured and predicted agree within the tolerance, both are below 0, and the standard errors carry it.
-        False also for a step that raises the loss, by more than two standard errors.
+        False also for a step that raises the loss, clearly (two standard errors).
     Raises UserError for rates that are not positive numbers, no data, a loss that is not finite, or a rate without its block.
     """
     if prediction not in ("fitted", "quadratic"):

@@ -175,7 +175,7 @@ def _rates(
         return given, s.rates_from or "given", None
     planned = s.batch_size or NOISELESS
     short = points.Settings(
-        points=2, secants=1, run_steps=s.probe_steps, directions=12, batch_size=planned, steps=s.steps, mu=s.mu, q=s.q, seed=s.seed,
+        points=2, secants=1, run_steps=s.probe_steps, directions=10, batch_size=planned, steps=s.steps, mu=s.mu, q=s.q, seed=s.seed,
         micro_batch=s.micro_batch, curvature=s.curvature, max_vectors=16, max_steps=40, max_memory=s.max_memory,
     )  # fmt: skip
     first: Point | None = None
@@ -210,7 +210,7 @@ def _point(
     s = probe.settings
     # The curvature only: displacements and the finite-scale rule are measured better below.
     wanted = points.Settings(
-        points=1, directions=4, batch_size=probe.rows, mu=s.mu, q=s.q, seed=s.seed, curvature=s.curvature, max_vectors=24, max_steps=40,
+        points=1, directions=4, batch_size=probe.rows, mu=s.mu, q=s.q, seed=s.seed, curvature=s.curvature, max_vectors=16, max_steps=40,
         max_memory=s.max_memory,
     )  # fmt: skip
     found = known or points.measure(probe.oracle, probe.groups, probe.groups, wanted, probe.rows, index, step).record

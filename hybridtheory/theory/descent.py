@@ -116,7 +116,7 @@ def compare(
 ) -> Check:
     """measured ~ predicted within `tolerance`, decided only where the errors carry it.
 
-    True: inside, with a joint standard error of at most half the tolerance. False: outside by more than two standard errors. None
+    True: inside, with a joint standard error of at most half the tolerance. False: outside by more than three standard errors. None
     otherwise, or where the claim is shown without being held to it (`binding` False).
     """
     error = math.hypot(measured.stderr, predicted.stderr)
@@ -130,9 +130,9 @@ def compare(
         holds = True if error <= 0.5 * tolerance * size else None
         note = ratio if holds else f"{ratio}: too few directions to tell"
     else:
-        holds = False if off - 2 * error > tolerance * size else None
+        holds = False if off - 3 * error > tolerance * size else None
         note = f"{ratio}; broken: {broken}" if broken else ratio
-        note = note if holds is False else f"{note}; within two standard errors of the tolerance"
+        note = note if holds is False else f"{note}; within three standard errors of the tolerance"
     return Check(claim, measured.value, "~", predicted.value, None, hypotheses, holds if binding else None, note, error)
 
 
