@@ -11,6 +11,7 @@ leaves a whole one behind. The one before it is removed later, when a loss has s
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import shutil
@@ -24,6 +25,9 @@ from torch import Tensor
 
 from hybridtheory.blocks import Block
 from hybridtheory.errors import UserError
+
+# Classes whose instances a method keeps in its state: rebuilt from their fields. Nothing else is, and no code is read from a file.
+OBJECTS = (("galore_torch.galore_projector", "GaLoreProjector"),)
 
 WEIGHTS, TENSORS, REST = "weights.safetensors", "state.safetensors", "state.json"
 
@@ -46,7 +50,11 @@ def pack(value: Any, tensors: dict[str, Tensor]) -> Any:
         return [pack(v, tensors) for v in value]
     if isinstance(value, tuple):
         return {"tuple": [pack(v, tensors) for v in value]}
-    raise TypeError(f"a {type(value).__name__} cannot be kept in a checkpoint: {value!r:.80}")
+    if (kind := (type(value).__module__, type(value).__qualname__)) in OBJECTS:
+        return {"object": [*kind, pack(vars(value), tensors)]}
+    raise UserError(
+        f"this method's state cannot be checkpointed: a {type(value).__name__} cannot be kept ({value!r:.80})"
+    )
 
 
 def unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
@@ -58,6 +66,13 @@ def unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     ((kind, held),) = value.items()
     if kind == "tensor":
         return tensors[held]
+    if kind == "object":
+        module, name, fields = held
+        if (module, name) not in OBJECTS:
+            raise ValueError(f"{module}.{name} is not of this project")
+        made = object.__new__(getattr(importlib.import_module(module), name))
+        vars(made).update(unpack(fields, tensors))
+        return made
     if kind == "tuple":
         return tuple(unpack(v, tensors) for v in held)
     return {unpack(k, tensors): unpack(v, tensors) for k, v in held}
