@@ -1,7 +1,7 @@
 """For people who have a `transformers.Trainer`: train with a closure-driven method, or watch the smoothness of an ordinary run.
 
     optimizer = build("hybrid", model, base, peft, lr_base=1e-6, lr_peft=1e-3)
-    HybridTrainer(model, args, train_dataset=data, optimizers=(optimizer, None)).train()
+    HybridTrainer(model, args, train_dataset=data, optimizers=(optimizer, None), callbacks=[KeepBase()]).train()
 
     trainer = Trainer(model, args, train_dataset=data)          # ordinary fine-tuning, whatever its optimizer
     trainer.add_callback(SmoothnessCallback(batches, every=100, log=trainer.log))
@@ -13,16 +13,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hybridtheory.errors import UserError
 from hybridtheory.optimizers import ZeroOrder
 from hybridtheory.smoothness import fit_envelope
 from probes import rates
+from probes.adapters import is_peft
 from probes.given import evaluating, given
 from probes.point import Settings, measure
 from probes.records import Point
@@ -32,8 +35,9 @@ from probes.setup import Probe
 class HybridTrainer(transformers.Trainer):
     """A Trainer whose `training_step` lets the optimizer drive its own evaluations; all else is transformers' own.
 
-    Gradient accumulation, schedulers, logging, evaluation and checkpoints work as usual. The Trainer's own gradient clipping sees no
-    gradient: a zeroth-order step has none, and the first-order one is applied within the step.
+    Gradient accumulation, schedulers, logging and evaluation work as usual. Gradient clipping finds no gradient: a zeroth-order step
+    has none, and the first-order one is applied within the step. The Trainer's checkpoints of a PEFT model hold the adapter alone: add
+    `KeepBase` where base weights move.
 
     dropout   False: the model is in evaluation mode during a step, as the methods' papers have it. True: what the model has, the same
               on every evaluation of a step.
@@ -92,6 +96,37 @@ def _skip_next_step(optimizer: ZeroOrder) -> None:
             optimizer.__dict__["step"] = own
 
     optimizer.__dict__["step"] = done
+
+
+class KeepBase(transformers.TrainerCallback):
+    """Base weights of a PEFT model beside the Trainer's checkpoints, which leave them out; they are put back when a run resumes."""
+
+    NAME = "moved_base.safetensors"
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        folder, weights = self._folder(args, state), self._base(kwargs["model"])
+        partial = folder / f".partial-{self.NAME}"
+        save_file({n: p.detach().cpu().contiguous() for n, p in weights.items()}, partial)
+        partial.replace(folder / self.NAME)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 0:
+            return
+        file = self._folder(args, state) / self.NAME
+        if not file.exists():
+            raise UserError(f"{file} is missing: without the moved base weights the run cannot go on where it stopped")
+        kept = load_file(file)
+        with torch.no_grad():
+            for name, p in self._base(kwargs["model"]).items():
+                p.copy_(kept[name])
+
+    @staticmethod
+    def _folder(args: Any, state: Any) -> Path:
+        return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+    @staticmethod
+    def _base(model: nn.Module) -> dict[str, nn.Parameter]:
+        return {n: p for n, p in model.named_parameters() if not is_peft(n)}
 
 
 class SmoothnessCallback(transformers.TrainerCallback):

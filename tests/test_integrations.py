@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 from hybridtheory.blocks import partition
 from hybridtheory.errors import UserError
 from hybridtheory.optimizers import build
-from probes.integrations import HybridTrainer, SmoothnessCallback
+from probes.integrations import HybridTrainer, KeepBase, SmoothnessCallback
 
 # accelerate pins memory by default, and says so where there is no accelerator.
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*")
@@ -78,6 +78,35 @@ def test_the_trainer_takes_the_steps_of_the_plain_loop(accumulate, tmp_path):
     logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert logged == pytest.approx(losses, abs=1e-4)
     assert optimizer.steps == trainer.state.global_step == 6
+
+
+def test_a_trainers_run_resumes_with_the_base_that_had_moved(tmp_path):
+    def trainer(model, optimizer, folder, **more):
+        args = arguments(folder, save_strategy="steps", save_steps=3, **more)
+        return HybridTrainer(
+            model,
+            args,
+            train_dataset=rows(24),
+            data_collator=collate,
+            optimizers=(optimizer, None),
+            callbacks=[KeepBase()],
+        )
+
+    whole, optimizer = model_and()
+    trainer(whole, optimizer, tmp_path / "whole").train()
+    model, optimizer = model_and()
+    trainer(model, optimizer, tmp_path / "cut", max_steps=3).train()
+    model, optimizer = model_and()
+    trainer(model, optimizer, tmp_path / "cut").train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-3"))
+    assert optimizer.steps == 6
+    for (name, a), b in zip(model.named_parameters(), whole.named_parameters()):
+        assert torch.equal(a, b[1]), name
+    (tmp_path / "cut" / "checkpoint-6" / KeepBase.NAME).unlink()
+    model, optimizer = model_and()
+    with pytest.raises(UserError, match="without the moved base weights"):
+        trainer(model, optimizer, tmp_path / "cut", max_steps=8).train(
+            resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-6")
+        )
 
 
 def test_a_plain_trainer_is_told_in_one_sentence(tmp_path):
