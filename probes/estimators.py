@@ -12,42 +12,30 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor
 
 from hybridtheory import streams
 from hybridtheory.blocks import Block
 from hybridtheory.errors import UserError
 from hybridtheory.estimators import (
-    Coordinate,
     Gaussian,
     Key,
     Law,
-    MagnitudeMask,
     Orthonormal,
-    Preconditioned,
     Sphere,
-    parse,
 )
 from hybridtheory.estimators.lowrank import LowRank
 from hybridtheory.vectors import Tensors, dot, norm
-from probes import budget, closed_forms, draws
+from probes import budget, draws
 from probes.closed_forms import Given as Facts
-from probes.closed_forms import Predicted, mode_of
 from probes.cost_estimate import Meter, peak, timed
 from probes.draws import (
-    CAPTURED,
-    COLUMNS,
-    HG,
-    TESTS,
     Collected,
-    G,
-    R,
     Reference,
     coordinate_draws,
     coordinate_spread,
@@ -57,29 +45,24 @@ from probes.draws import (
     keys,
     law_batch,
 )  # fmt: skip
+from probes.estimates import estimates, record
 from probes.given import Given
+from probes.laws import DEFAULT_LAWS, Member, Source, refuse, sources
 from probes.point import GradientPass
-from probes.records import Allocation, Budget, Compared, Cosines, Cost, End, Estimator, Record, Warning
+from probes.records import Allocation, Budget, Cost, End, Estimator, Record, Warning
 from probes.setup import Probe as Setup
 from probes.setup import header
 from probes.smoothness import Progress
-from probes.subspaces import excess, keeps, projects, spectrum
+from probes.subspaces import excess, keeps, spectrum
 from probes.tasks import Task
 
-DEFAULT_LAWS = (
-    "gaussian", "gaussian:q=4", "gaussian:q=16", "sphere", "rademacher", "coordinate", "orthonormal:q=16", "subzero:rank=8",
-    "subzero:rank=8,refresh=1", "lozo:rank=2", "magnitude-mask:keep=0.25", "random-mask:keep=0.25", "hizoo",
-)  # fmt: skip
 # Up to this many weights in a block the second moment is sampled to 3 %, above to 15 %.
 SMALL = 10_000_000
 # Directions of a pilot (half of them above SMALL weights). Slopes are nearly normal, so |ghat|^2 varies by sqrt(2) of itself: no pilot
 # may say less, and a pilot so small is believed only where it has enough estimates and says clearly more.
 PILOT, RELATIVE_VARIANCE, ENOUGH, CLEARLY = 64, 2.0, 16, 1.5
-BINS = 40
 # A coordinate is looked up and not drawn: this many times more of them than of other directions are allowed.
 COORDINATES = 5
-# Entries of one tensor's directions that a batch may hold beside each other (256 MiB of float32).
-HELD = 1 << 26
 HUTCHINSON = 2  # products behind HiZOO's preconditioner
 
 
@@ -128,59 +111,6 @@ class Settings:
         return self.precision or (0.03 if d <= SMALL else 0.15)
 
 
-@dataclass(frozen=True)
-class Member:
-    """One row of the table: a law and the number of queries that its estimate averages. Masks and HiZOO need the block: `on`."""
-
-    label: str
-    name: str
-    q: int
-    law: Law | None
-    options: dict[str, float] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, text: str) -> Member:
-        name, _, rest = text.strip().partition(":")
-        items = [i for i in rest.split(",") if i]
-        given = [i for i in items if i.startswith("q=")]
-        try:
-            q = int(given[-1][2:]) if given else 1
-        except ValueError:
-            raise UserError(f"{given[-1]!r} in {text!r} is not q=NUMBER") from None
-        if not 1 <= q <= 256:
-            raise UserError(f"q in {text!r} must be from 1 to 256, the directions that are held at once, got {q}")
-        others = ",".join(i for i in items if i not in given)
-        if name == "hizoo" and not others:
-            return cls(text.strip(), name, q, None)
-        if name == "magnitude-mask":
-            try:
-                options = {k: float(v) for k, v in (i.split("=") for i in others.split(",") if i)}
-            except ValueError:
-                raise UserError(f"{text!r} is not magnitude-mask:keep=SHARE") from None
-            if set(options) - {"keep"} or not 0 < options.get("keep", 0.25) <= 1:
-                raise UserError(f"the magnitude mask takes keep, a share in (0, 1]: got {text!r}")
-            return cls(text.strip(), name, q, None, options)
-        return cls(text.strip(), name, q, parse(f"{name}:{others}"))
-
-    def on(self, block: Block, h: dict[str, Tensor] | None) -> Law:
-        """The law for a block; ``h`` is HiZOO's diagonal."""
-        if self.name == "hizoo":
-            assert h is not None
-            return Preconditioned(h)
-        if self.law is None:
-            return MagnitudeMask.of(block, self.options.get("keep", 0.25))
-        return self.law
-
-
-@dataclass(frozen=True)
-class Source:
-    """Members that the same directions serve, ``size`` directions a batch. kind: "gaussian", "coordinate" or "law"."""
-
-    kind: str
-    members: tuple[Member, ...]
-    size: int
-
-
 def run(
     task: Task | Given,
     settings: Settings,
@@ -196,7 +126,7 @@ def run(
     yield from (Warning(note, "task") for note in task.notes)
     members = [Member.of(text) for text in dict.fromkeys(settings.laws)]
     for group in probe.groups:
-        _refuse(members, group)
+        refuse(members, group)
     expected = _estimate(probe, members)
     yield expected
     if dry:
@@ -236,7 +166,7 @@ def _group(
     part = {n: b.name for b in finer or [group] for n in b.names}
     reference: Reference | None = None
     h: dict[str, Tensor] | None = None
-    for source in _sources(members, group):
+    for source in sources(members, group):
         known = [have.get((m.label, b.name)) for m in source.members for b in blocks]
         if all(r is not None for r in known):
             yield from (r for r in known if r is not None)
@@ -250,33 +180,6 @@ def _group(
 
 def _pilot(d: int) -> int:
     return PILOT if d <= SMALL else PILOT // 2
-
-
-def _sources(members: Sequence[Member], group: Block) -> list[Source]:
-    """Members that share a Gaussian direction first; coordinates are looked up; every other law draws its own."""
-    shared: list[Member] = []
-    single: list[Member] = []
-    for m in members:
-        plain = m.law is None or isinstance(m.law, Sphere | Orthonormal) or draws.shares(m.law)
-        (shared if plain else single).append(m)
-    size = math.lcm(*(m.q for m in shared)) if shared else 1
-    found = [Source("gaussian", tuple(shared), size * max(1, 16 // size))] if shared else []
-    for m in single:
-        kind = "coordinate" if isinstance(m.law, Coordinate) and m.q == 1 else "law"
-        room = min(max(HELD // max(p.numel() for p in group.tensors), 2), 8)
-        found.append(Source(kind, (m,), 1 if kind == "coordinate" else m.q * max(room // m.q, 1 if m.q > 1 else 2)))
-    return found
-
-
-def _refuse(members: Sequence[Member], group: Block) -> None:
-    """What a law cannot do on a group is said before anything is measured."""
-    for m in members:
-        if isinstance(m.law, Orthonormal) and m.q > group.numel:
-            raise UserError(
-                f"{m.q} orthonormal directions do not exist in the {group.numel} dimensions of {group.name!r}: lower q"
-            )
-        if m.law is not None and not isinstance(m.law, Sphere | Orthonormal):
-            m.law.bind(group, [Key(0)])
 
 
 def _reference(
@@ -317,7 +220,7 @@ def _source(
     if source.kind == "coordinate":  # heavy-tailed: what a pilot shows of its spread is nothing, and it is known
         needed = coordinate_spread(reference, group) / precision**2
     for m in source.members:
-        found = _estimates(m, laws[m.label], pilot(m, group), group.numel)
+        found = estimates(m, laws[m.label], pilot(m, group), group.numel)
         spread = RELATIVE_VARIANCE / m.q
         if len(found.norm_sq) >= ENOUGH:
             shown = float(np.var(found.norm_sq, ddof=1) / np.mean(found.norm_sq) ** 2)
@@ -341,9 +244,9 @@ def _source(
                 excess={n: excess(bound, block, n) for n in block.names},
                 spectra={n: own[n] for n in block.names},
             )
-            estimates = _estimates(m, law, collected(m, block), block.numel)
+            measured = estimates(m, law, collected(m, block), block.numel)
             exact = coordinate_spread(reference, block) if source.kind == "coordinate" else None
-            yield _record(m, law, block, facts, inner, estimates, precision, exact)
+            yield record(m, law, block, facts, inner, measured, precision, exact)
 
 
 T = TypeVar("T")
@@ -409,167 +312,6 @@ def _each(one: Callable[[int], T], starts: Iterable[int], device: torch.device) 
         torch.set_num_threads(threads)
 
 
-@dataclass(frozen=True)
-class Estimates:
-    """n independent estimates: ‖ĝ‖² (n,), ⟨ĝ, ·⟩ (n, COLUMNS), energy of the span of their queries (n,), and ⟨ĝᵢ, ĝⱼ⟩ of pairs of
-    single-query estimates, one mean a batch."""
-
-    norm_sq: np.ndarray
-    dots: np.ndarray
-    span: np.ndarray | None
-    pairs: np.ndarray | None
-
-
-def _estimates(member: Member, law: Law, sums: tuple[np.ndarray, np.ndarray], d: int) -> Estimates:
-    dots, gram = sums
-    q = member.q
-    batches, size, _ = dots.shape
-    pairs = None
-    if isinstance(law, Sphere):
-        factor = np.sqrt(d / np.diagonal(gram, axis1=1, axis2=2))
-        dots = np.concatenate([dots[..., :CAPTURED] * factor[..., None], dots[..., CAPTURED:]], axis=2)
-        gram = gram * factor[:, :, None] * factor[:, None, :]
-    if size > 1 and not isinstance(law, Orthonormal):
-        c = dots[..., G]
-        products = c[:, :, None] * c[:, None, :] * gram
-        pairs = (products.sum((1, 2)) - np.trace(products, axis1=1, axis2=2)) / (size * (size - 1))
-    groups = size // q
-    dots = dots.reshape(batches * groups, q, COLUMNS)
-    own = np.stack([gram[:, i * q : (i + 1) * q, i * q : (i + 1) * q] for i in range(groups)], 1).reshape(-1, q, q)
-    span = None
-    if isinstance(law, Orthonormal):
-        # Z = V R with Z'Z = R'R: the same set of orthonormal directions that the law itself mixes from its Gaussian draws.
-        root = np.linalg.cholesky(own)
-        mixed = math.sqrt(d) * np.linalg.solve(root, dots[..., :CAPTURED])
-        dots = np.concatenate([mixed, dots[..., CAPTURED:]], axis=2)
-        own = np.broadcast_to(d * np.eye(q), own.shape)
-        span = (dots[..., G] ** 2).sum(1) / d
-    c = dots[..., G]
-    norm_sq = np.einsum("ni,nij,nj->n", c, own, c) / q**2
-    combined = np.einsum("nq,nqk->nk", c, dots) / q
-    combined[:, CAPTURED] = dots[..., CAPTURED].mean(1)
-    return Estimates(norm_sq, combined, span, pairs)
-
-
-def _record(
-    m: Member, law: Law, block: Block, facts: Facts, inner: dict[str, float], e: Estimates, precision: float, spread: float | None = None
-) -> Estimator:  # fmt: skip
-    gg, d, n = facts.gg, facts.d, len(e.norm_sq)
-    said = closed_forms.predict(law, mode_of(law), m.q, facts)
-    along = e.dots[:, G] / gg
-    second, notes = e.norm_sq / gg, []
-    mean_sq, mean_sq_error = said.mean_sq, 0.0
-    if e.pairs is not None and len(e.pairs) > 1:
-        mean_sq, mean_sq_error = _mean(e.pairs / gg)
-    elif mean_sq is not None:
-        notes.append("the variance takes ‖E ĝ‖² from the closed form: no two independent directions are held at once")
-    found: dict[str, Compared] = {}
-
-    def put(name: str, values: np.ndarray) -> None:
-        found[name] = _compared(values, said, name)
-
-    put("second_moment", second)
-    if spread is not None:
-        # The sample's own spread misses the rare large entries that make it; the exact one is known.
-        exact = math.sqrt(spread / n) * d
-        found["second_moment"] = replace(found["second_moment"], stderr=exact)
-        notes.append(
-            f"heavy-tailed (‖ĝ‖² varies by {math.sqrt(max(spread, 0.0)):.3g} times its mean): errors are exact, not the sample's"
-        )
-    if mean_sq is not None:
-        value, error = found["second_moment"].value, found["second_moment"].stderr or 0.0
-        found["variance"] = Compared(value - mean_sq, math.hypot(error, mean_sq_error), *_said(said, "variance"))
-    put("mse", second - 2 * along + 1)
-    if spread is not None:
-        found["mse"] = replace(found["mse"], stderr=exact)
-    cosine = _cosine(e.dots[:, G], e.norm_sq, gg)
-    put("cosine", cosine)
-    put("cosine_sq", cosine**2)
-    if spread is not None:  # cos² = gⱼ²/‖g‖² is ‖ĝ‖²/d of the same draw
-        found["cosine_sq"] = replace(found["cosine_sq"], stderr=exact / d**2)
-    cosines = [_histogram("gradient", cosine, said.beta, True)]
-    whole = facts.spectrum
-    if projects(law):
-        if keeps(law) or isinstance(law, MagnitudeMask):
-            captured = np.full(n, whole.captured if whole is not None else math.nan)
-            found["captured"] = Compared(float(captured[0] / gg), 0.0, *_said(said, "captured"))
-        else:
-            captured = e.dots[:, CAPTURED]
-            put("captured", captured / gg)
-        inside = _cosine(e.dots[:, G], e.norm_sq, captured)
-        put("cosine_projected", inside)
-        put("cosine_sq_projected", inside**2)
-        cosines.append(_histogram("projection", inside, said.beta_projected, said.exact))
-    if e.span is not None:
-        put("captured", e.span / gg)
-    size = whole.dimension if projects(law) and whole is not None else float(m.q) if e.span is not None else None
-    reached = (found["second_moment"].stderr or 0.0) <= 1.1 * precision * found["second_moment"].value
-    return Estimator(
-        law=m.label, block=block.name, group=block.group, d=d, q=m.q, n=n, grad_norm=math.sqrt(gg), quantities=found,
-        bias=_bias(e, inner, d, said, mean_sq, mean_sq_error), floor=math.sqrt(max(float(np.mean(second)) - 1, 0.0) / n),
-        precision=precision, reached=reached, subspace=size,
-        kept=keeps(law) or isinstance(law, MagnitudeMask), cosines=cosines, note="; ".join(notes),
-    )  # fmt: skip
-
-
-def _bias(
-    e: Estimates, inner: dict[str, float], d: int, said: Predicted, mean_sq: float | None, mean_sq_error: float
-) -> dict[str, Compared]:  # fmt: skip
-    """⟨E ĝ - g, v⟩/‖g‖ along unit vectors, and ‖E ĝ - g‖²/‖g‖² from independent pairs."""
-    gg = inner["gg"]
-    size = math.sqrt(gg)
-    unbiased = said.values.get("along", (math.nan, ""))[0] == 0.0
-    found = {"g": _compared(e.dots[:, G] / gg - 1, said, "along")}
-    others = {
-        "Hg": (HG, inner["HH"], inner["gH"]),
-        **{f"r{j}": (R + j, float(d), inner[f"r{j}"]) for j in range(TESTS)},
-    }
-    for name, (column, square, exact) in others.items():
-        if square > 0:
-            value, error = _mean((e.dots[:, column] - exact) / (math.sqrt(square) * size))
-            found[name] = Compared(value, error, 0.0 if unbiased else None, "unbiased" if unbiased else "")
-    if mean_sq is not None and mean_sq_error > 0:
-        along, error = _mean(e.dots[:, G] / gg)
-        predicted = (
-            said.mean_sq - 2 * (said.values["along"][0] + 1) + 1
-            if said.mean_sq is not None and "along" in said.values
-            else None
-        )
-        found["norm_sq"] = Compared(
-            mean_sq - 2 * along + 1, math.hypot(mean_sq_error, 2 * error), predicted, "‖E ĝ − g‖²/‖g‖²"
-        )
-    return found
-
-
-def _mean(values: np.ndarray) -> tuple[float, float]:
-    return float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
-
-
-def _said(said: Predicted, name: str) -> tuple[float | None, str]:
-    return said.values.get(name, (None, ""))
-
-
-def _compared(values: np.ndarray, said: Predicted, name: str) -> Compared:
-    return Compared(*_mean(values), *_said(said, name))
-
-
-def _cosine(along: np.ndarray, norm_sq: np.ndarray, target_sq: float | np.ndarray) -> np.ndarray:
-    """0 where the estimate is the zero vector (a coordinate in which g has no part)."""
-    size = np.sqrt(norm_sq * target_sq)
-    out: np.ndarray = np.divide(along, size, out=np.zeros_like(along), where=size > 0)
-    return out
-
-
-def _histogram(target: Any, cosine: np.ndarray, beta: tuple[float, float] | None, exact: bool) -> Cosines:
-    top = float(cosine.max()) or 1.0
-    counts, edges = np.histogram(cosine, bins=BINS, range=(min(float(cosine.min()), 0.999 * top), top))
-    p = None
-    if beta is not None and exact:
-        p = float(stats.kstest(cosine**2, stats.beta(*beta).cdf).pvalue)
-    alpha, second = beta or (None, None)
-    return Cosines(target, edges.tolist(), counts.tolist(), alpha, second, exact, p)
-
-
 def _estimate(probe: Setup[Settings], members: Sequence[Member]) -> Cost:
     """From one timed forward pass, one gradient, one product and one batch of Gaussian directions on a piece of the weights."""
     s, oracle = probe.settings, probe.oracle
@@ -584,9 +326,7 @@ def _estimate(probe: Setup[Settings], members: Sequence[Member]) -> Cost:
         count = RELATIVE_VARIANCE / s.precision_for(d) ** 2 + _pilot(d)
         # Inner products of a direction cost about what drawing it does, for each law anew.
         seconds += sum(
-            count * d * per_draw * (1 + len(x.members) * 0.7)
-            for x in _sources(members, group)
-            if x.kind != "coordinate"
+            count * d * per_draw * (1 + len(x.members) * 0.7) for x in sources(members, group) if x.kind != "coordinate"
         )
         sweep = budget.grid(s.mus, size), budget.directions(s.directions, size)
         group_values = 2 * len(sweep[0]) * sweep[1]
@@ -598,4 +338,4 @@ def _estimate(probe: Setup[Settings], members: Sequence[Member]) -> Cost:
     return Cost("estimated", 1, products, values, seconds, peak(oracle) + 5 * largest)
 
 
-__all__ = ["COLUMNS", "DEFAULT_LAWS", "Member", "Settings", "replace", "run"]
+__all__ = ["DEFAULT_LAWS", "Settings", "run"]

@@ -7,8 +7,6 @@ that `theory.moments_covariance` has its moments. Everything is computed from th
 from __future__ import annotations
 
 import math
-from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +14,6 @@ from torch import Tensor
 from hybridtheory.blocks import Block
 from hybridtheory.estimators import (
     LOZO,
-    SRGF,
-    BlockCyclic,
     Coordinate,
     Gaussian,
     Key,
@@ -123,32 +119,3 @@ def excess(law: Law, block: Block, name: str) -> float | None:
     if isinstance(law, LOZO):
         return lozo_second_moment(m, n, r) - m * n
     return tezo_second_moment(m, n, r) - m * n
-
-
-def fresh(law: Law) -> Law:
-    """The law with its subspace drawn anew at every step."""
-    return replace(law, refresh=1) if keeps(law) and hasattr(law, "refresh") else law  # type: ignore[call-arg]
-
-
-def expected_share(law: Law, block: Block) -> float | None:
-    """E‖P'g‖²/‖g‖² over fresh subspaces where it does not depend on the gradient: masks. None elsewhere."""
-    return law.keep if isinstance(law, RandomMask) else None
-
-
-def describe(law: Law) -> dict[str, Any]:
-    """The law's settings for a record."""
-    return {k: v for k, v in vars(law).items() if isinstance(v, int | float | str | bool)}
-
-
-__all__ = [
-    "FULL",
-    "SRGF",
-    "BlockCyclic",
-    "describe",
-    "excess",
-    "expected_share",
-    "fresh",
-    "keeps",
-    "projects",
-    "spectrum",
-]

@@ -40,8 +40,10 @@ from hybridtheory.theory.moments_covariance import (
 )
 from hybridtheory.theory.moments_subspace import subzero_second_moment
 from probes import budget, draws
-from probes.estimators import Member, Settings, _estimates, run
+from probes.estimates import estimates
+from probes.estimators import Settings, run
 from probes.jsonl import decode, encode
+from probes.laws import Member
 from probes.records import Allocation, Budget, Compared, Cost, End, Estimator, Header, Record, Warning
 from probes.report import Report
 from probes.subspaces import spectrum
@@ -179,7 +181,7 @@ def test_estimates_are_those_of_the_optimizers_gradient(text: str) -> None:
     batch = draws.keys(Gaussian(), 1, 2, 0, m.q)
     sums = draws.gaussian_batch(reference, {"": Gaussian()}, batch)[""]
     dots, gram = (sum(sums[p][i] for p in sums)[None] for i in range(2))
-    got = _estimates(m, m.law, (dots, gram), block.numel)
+    got = estimates(m, m.law, (dots, gram), block.numel)
     bound = m.law.bind(block, batch)
     g = [reference.g[n].view(p.shape) for n, p in block.parameters.items()]
     slopes = tuple(inner(bound, k, block, g) for k in batch)
