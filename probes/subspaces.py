@@ -28,6 +28,7 @@ from hybridtheory.estimators import (
 )
 from hybridtheory.estimators.lowrank import LowRank
 from hybridtheory.theory.moments_covariance import Spectrum
+from hybridtheory.theory.moments_subspace import lozo_second_moment, tezo_second_moment
 
 FULL = (Gaussian, Sphere, Coordinate, Orthonormal)
 # More distinct eigenvalues than this are gathered in bins on a log scale: a bin's width, 1 %, then bounds the relative error.
@@ -105,8 +106,6 @@ def _binned(lam: Tensor, energy: Tensor) -> Spectrum:
 
 def excess(law: Law, block: Block, name: str) -> float | None:
     """x of `composed_second_moment` for one tensor of a law that draws its subspace anew at every step."""
-    from hybridtheory.theory.moments_subspace import lozo_second_moment, tezo_second_moment
-
     if not isinstance(law, LowRank):
         return None
     shape = law.matrix(block.parameters[name])
