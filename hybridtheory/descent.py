@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
+import torch
 
 from hybridtheory import streams
 from hybridtheory.blocks import Block
@@ -38,6 +39,7 @@ TINY = 1e-7
 
 
 What = Literal["base", "peft", "both"]
+_MEANS: set[What] = {"base", "both"}
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,7 @@ class _Probe:
         self.g_x: Tensors = gradients.get("base", [])
         self.g_y: Tensors = gradients.get("peft", [])
         self.size = math.sqrt(dot(self.g_x, self.g_x))
+        self.common = 0.0
         self.noise = self._rounding()
 
     # ---- derivatives ----
@@ -178,15 +181,42 @@ class _Probe:
         found = (up + down) / by**2 - yHy
         return found if abs(found) * by**2 > 6 * self.noise else 0.0
 
-    def _rounding(self, tries: int = 6) -> float:
-        """Root mean square error of one change of the loss: what is left of moves so small that only the derivative moves the loss."""
+    def _rounding(self, tries: int = 12) -> float:
+        """Root mean square rounding error of one loss: what is left of moves so small that only the derivative moves the loss. Their mean
+        is the error of f(w) itself, which would sit in every change: it is taken out, down to 1/√(tries + 1) of one loss's."""
         block, g = self.blocks[0], self.g_x if self.base is not None else self.g_y
         left = []
         for j in range(tries):
             u = streams.gaussian(block, self.seed, "one step, rounding", self.index, j)
             with self.oracle.moved(block, u, TINY):
                 left.append(self.oracle.value() - self.loss - TINY * dot(u, g))
-        return math.sqrt(float(np.mean(np.square(left))))
+        self.loss += float(np.mean(left)) * tries / (tries + 1)
+        with torch.no_grad():
+            last = torch.finfo(self.oracle.loss(self.oracle.batches[0]).dtype).eps
+        # Never below the rounding of the last sum, which moves this small may not stir.
+        noise = max(float(np.std(left, ddof=1)), 0.3 * last * abs(self.loss))
+        self.common = noise / math.sqrt(tries + 1)
+        return noise
+
+    def _along_peft(self, s: float, precision: float) -> Mean:
+        """f(x, y - s η_y g_y) - f: from two losses, or, where their rounding would show, by Gauss quadrature of the derivative along the
+        step (its error: the difference of two and three nodes)."""
+        by = s * self.eta_y
+        change = self._change(None, 0.0, by)
+        error = math.hypot(self.noise, self.common)
+        if error <= 0.5 * precision * abs(change):
+            return Mean(change, error, 1)
+        assert self.peft is not None
+        integrals = []
+        for nodes in (2, 3):
+            t, weights = np.polynomial.legendre.leggauss(nodes)
+            total = 0.0
+            for place, weight in zip((1 + t) / 2, weights / 2, strict=True):
+                with self.oracle.moved(self.peft, self.g_y, -by * float(place)):
+                    (there,) = self.oracle.gradient(self.peft)
+                total -= by * float(weight) * dot(there, self.g_y)
+            integrals.append(total)
+        return Mean(integrals[1], abs(integrals[1] - integrals[0]), 1)
 
     def _moved(self, u: Tensors, by: float) -> float:
         assert self.base is not None
@@ -216,13 +246,15 @@ class _Probe:
         return add_(u, self.g_x, (z - own) / self.size), z
 
     def changes(self, local: Local, factors: list[float], precision: float, most: int) -> list[StepChange]:
-        peft = [self._change(None, 0.0, s * self.eta_y) if self.peft is not None else 0.0 for s in factors]
-        peft_fit = [self._change(None, 0.0, s * self.eta_y) if self.peft is not None else 0.0 for s in FITTED_AT]
+        nothing = Mean(0.0, 0.0, 1)
+        along = [self._along_peft(s, precision) if self.peft is not None else nothing for s in factors]
+        along_fit = [self._along_peft(s, precision) if self.peft is not None else nothing for s in FITTED_AT]
+        peft, peft_fit = ([m.value for m in table] for table in (along, along_fit))
         measured: dict[What, list[Mean]] = {}
         fitted: dict[What, list[Mean]] = {}
         start_y = -self.eta_y * local.gy_sq
         if self.peft is not None:
-            measured["peft"] = [Mean(v, 0.0, 1) for v in peft]
+            measured["peft"] = along
             fitted["peft"] = fitted_changes(FITTED_AT, [peft_fit], start_y, factors)
         if self.base is not None and self.size > 0:
             alone, joint = self._stages("measured", factors, peft, precision, most)
@@ -237,11 +269,10 @@ class _Probe:
                 measured["both"] = [a + j + Mean(p, 0.0, 1) for a, j, p in zip(alone, joint, peft, strict=True)]
                 cross = fitted_changes(FITTED_AT, extra[0] / z_sq[:, None], 0.0, factors)
                 fitted["both"] = [a + b + c for a, b, c in zip(fitted["base"], fitted["peft"], cross, strict=True)]
-        # Losses are rounded: at small steps on a large loss that, and not the directions, is the error.
-        rounding = self.noise
+        # The samples' scatter holds the rounding of each loss; what is left of f(w)'s own moves all of them alike.
         for table in (measured, fitted):
-            for what, means in table.items():
-                table[what] = [Mean(m.value, math.hypot(m.stderr, rounding), m.n) for m in means]
+            for what in _MEANS & table.keys():
+                table[what] = [Mean(m.value, math.hypot(m.stderr, self.common), m.n) for m in table[what]]
         found = []
         order: tuple[What, ...] = ("base", "peft", "both")
         for what in [w for w in order if w in measured]:

@@ -62,7 +62,7 @@ def run(
         return
     meter.expect(expected)
     with smoothness._restored(probe.groups):
-        eta, source, first = yield from _rates(probe, moves, meter)
+        eta, source, first, probing = yield from _rates(probe, moves, meter)
         runs: list[Trajectory] = []
         measured: list[Point] = []
         local: list[Local] = []
@@ -103,7 +103,10 @@ def run(
     found = constants(probe, eta, source, measured, coupled_sq, local, runs, f_star)
     yield found
     yield from checks(descents, found, runs)
-    yield meter.actual()
+    spent = meter.actual()
+    for name in ("gradients", "products", "values"):
+        spent = replace(spent, **{name: getattr(spent, name) + getattr(probing, name)})
+    yield spent
     yield End("finished")
 
 
@@ -166,13 +169,14 @@ def _difference(method: str) -> str:
 
 def _rates(
     probe: Probe, moves: dict[str, str], meter: Meter
-) -> Generator[Record, None, tuple[dict[str, float], str, Point | None]]:
-    """(rates, where they come from, the first point where it was measured): given ones, and a short smoothness run for what is missing."""
+) -> Generator[Record, None, tuple[dict[str, float], str, Point | None, Cost]]:
+    """(rates, their source, the first point where it was measured, what that cost): a short smoothness run for what was not given."""
     s = probe.settings
+    spent = Cost("actual", 0, 0, 0, 0.0, 0)
     given = {g: v for g, v in (("base", s.lr_base), ("peft", s.lr_peft)) if v is not None and g in moves}
     if len(given) == len(moves):
         yield from smoothness._preflight(probe, meter)  # type: ignore[arg-type]
-        return given, s.rates_from or "given", None
+        return given, s.rates_from or "given", None, spent
     planned = s.batch_size or NOISELESS
     short = points.Settings(
         points=2, secants=1, run_steps=s.probe_steps, directions=10, batch_size=planned, steps=s.steps, mu=s.mu, q=s.q, seed=s.seed,
@@ -183,6 +187,8 @@ def _rates(
     for record in smoothness.run(probe.task, short, progress=lambda what, _: meter.phase(f"rates: {what}")):
         if isinstance(record, smoothness.Preflight | Warning):
             yield record
+        elif isinstance(record, Cost) and record.phase == "actual":
+            spent = record
         elif isinstance(record, Point) and first is None:
             first = record
         elif isinstance(record, Recommendation):
@@ -197,7 +203,7 @@ def _rates(
                 f"no rate could be recommended for the {group} weights ({rate.note if rate else ''}): give --lr-{group}"
             )
         eta[group] = given[group] if group in given else float(rate.value)  # type: ignore[union-attr, arg-type]
-    return eta, "recommended by probe-smoothness at two points", first
+    return eta, "recommended by probe-smoothness at two points", first, spent
 
 
 # ---- one point -------------------------------------------------------------------------------------------------------
@@ -261,8 +267,8 @@ def _estimate(probe: Probe, meter: Meter) -> Cost:
     value, gradient = timed(oracle.value), timed(lambda: oracle.gradient(*probe.groups))
     probing = 0 if s.lr_base is not None and (s.lr_peft is not None or len(probe.groups) == 1) else 1
     gradients = s.runs * s.steps + s.points + probing * (s.probe_steps + 4)
-    products = (s.points + probing) * 80
-    values = s.runs * s.steps * 3 + s.points * 800 + probing * (300 + 3 * s.probe_steps)
+    products = (s.points + probing) * 70
+    values = s.runs * s.steps * 3 + s.points * 500 + probing * (300 + 3 * s.probe_steps)
     seconds = gradients * gradient + products * 1.2 * gradient + values * value
     spent = meter.actual()
     return Cost("estimated", gradients, products, values, seconds, spent.memory_bytes)

@@ -435,3 +435,22 @@ def test_readme_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     (folder / "records.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [constants, *runs]))
     monkeypatch.chdir(tmp_path)
     second()
+
+
+def test_small_steps_in_float32_are_resolved_beyond_the_rounding_of_the_loss() -> None:
+    """A loss of 1000 plus a quadratic: changes far below an ulp of the loss are still measured, with errors that say so."""
+
+    class High(Quadratic):
+        def forward(self) -> Tensor:
+            return super().forward().float() + 1000.0
+
+    H = spectrum_matrix(SPECTRUM, 3)
+    net = High(H, SPLIT)
+    blocks = partition(net, peft=lambda n: n == "y")
+    eta_y = 1e-3 * rates(H)[1]
+    _, changes = descent.one_step(
+        Oracle(net, Whole(), [torch.zeros(1)], blocks), None, blocks[1], 0.0, eta_y, (0.01, 1.0)
+    )
+    for c in changes:
+        assert abs(c.measured.value) < 6.2e-5 * 600 and c.measured.stderr < 0.03 * abs(c.measured.value)
+        assert abs(c.measured.value - c.quadratic.value) <= 5 * c.measured.stderr + 1e-6 * abs(c.measured.value)
