@@ -242,6 +242,12 @@ def repeat(records: Sequence[Record]) -> list[str]:
     return [*out, "Every measurement stands in `records.jsonl`, every check in `checks.json`.", ""]
 
 
+def short(claim: str) -> str:
+    """The theorem, and which of its claims where it makes several."""
+    name, _, rest = claim.partition(": ")
+    return f"{name}: {rest}" if "largest" in rest else name
+
+
 def summary(records: Sequence[Record]) -> RenderableType:
     """One screen: descent, bounds, and what fails."""
     from probes.terminal import grid
@@ -270,7 +276,7 @@ def summary(records: Sequence[Record]) -> RenderableType:
             Text(""),
         ]
     found = [c for c in all_of(records, Checked) if c.about == "bound"]
-    rows = [[c.claim, number(c.measured), number(c.bound), number(c.slack, 2), verdict(c.holds)] for c in found]
+    rows = [[short(c.claim), number(c.measured), number(c.bound), number(c.slack, 2), verdict(c.holds)] for c in found]
     parts += [grid(["averaged squared gradient", "measured", "bound", "slack", ""], rows), Text("")] if rows else []
     parts += [Text(f"! {c.name}: {c.note}", style="yellow") for c in found if c.holds is None and c.note]
     parts += [Text(f"exponent of the rate {e.value:.2f} ({interval(e.interval)})") for e in all_of(records, Exponent)]
