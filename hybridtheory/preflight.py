@@ -42,7 +42,10 @@ class Verdict:
 
 
 def preflight(oracle: Oracle, seed: int = 0, second_order: bool = True) -> Verdict:
-    """Run the checks on every group of the oracle's blocks (one direction a group and check)."""
+    """Run the checks on every group of the oracle's blocks (one direction a group and check).
+
+    The loss is evaluated twice on all rows; derivatives are checked on the first micro-batch, since every row runs the same code.
+    """
     first, second = oracle.value(), oracle.value()
     # Bitwise: nan is equal to itself here, and is reported as what it is.
     if not math.isfinite(first):
@@ -55,6 +58,9 @@ def preflight(oracle: Oracle, seed: int = 0, second_order: bool = True) -> Verdi
     if not same:
         why = f"two evaluations of the loss differ ({first!r}, {second!r}): put the model in eval mode and remove random augmentation"
         return Verdict("refused", findings, why)
+    oracle = Oracle(
+        oracle.model, oracle.objective, oracle.batches[:1], oracle.blocks, oracle.curvature, oracle.memory_limit
+    )
     groups: dict[str, list[Block]] = {}
     for block in oracle.blocks:
         groups.setdefault(block.group, []).append(block)
