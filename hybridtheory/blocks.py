@@ -95,6 +95,11 @@ def partition(
             "the model has no block to measure: none of its parameters is a floating-point tensor that takes part in the loss; "
             "pass an unquantised model or attach an adapter (--peft lora)"
         )
+    if {name.partition(".")[2] for _, name in found} == {"rest"}:
+        some = next(iter(found.values())).names[0]
+        raise UserError(
+            f"--blocks {by!r} matches no parameter's name (they look like {some!r}): use group, layer or module"
+        )
     return sorted(found.values(), key=lambda b: b.group)  # stable: base before peft, each in the model's order
 
 

@@ -219,7 +219,7 @@ def _point(
         points=1, directions=4, batch_size=probe.rows, mu=s.mu, q=s.q, seed=s.seed, curvature=s.curvature, max_vectors=16, max_steps=40,
         max_memory=s.max_memory,
     )  # fmt: skip
-    found = known or points.measure(probe.oracle, probe.groups, probe.groups, wanted, probe.rows, index, step).record
+    found = known or points.measure(probe.oracle, probe.groups, probe.groups, wanted, probe.rows, index, step)
     cross = _cross_sq(probe, index)
     blocks: dict[str, Block] = {b.group: b for b in probe.groups}
     base = blocks.get("base") if moves.get("base") == "zo" else None

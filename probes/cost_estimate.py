@@ -120,7 +120,7 @@ def estimate(probe: Probe, meter: Meter) -> Cost:
         + joint_seconds
         + point_values * value
     )
-    secant_gradients = 1 + len(probe.blocks)
+    secant_gradients = 1 + len(probe.all_blocks)
     run_values = s.run_steps * 3
     gradients = s.points + s.secants * secant_gradients
     products = s.points * (sum(per_group.values()) + inner_count + joint)

@@ -172,9 +172,7 @@ class SmoothnessCallback(transformers.TrainerCallback):
             with evaluating(model), torch.enable_grad():
                 probe = Probe.of(given(model, self.batches, self.loss_fn), s)
                 step, index = int(state.global_step), len(self.points)
-                self.points.append(
-                    measure(probe.oracle, probe.groups, probe.groups, s, probe.rows, index, step, {}).record
-                )
+                self.points.append(measure(probe.oracle, probe.groups, probe.groups, s, probe.rows, index, step))
         except UserError as error:  # a measurement that fails must not end somebody's training
             self.notes.append(f"step {state.global_step}: {error}")
             return

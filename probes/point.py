@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -79,14 +79,6 @@ class Settings:
             raise UserError(f"--mu must be a positive number, got {self.mu}")
 
 
-@dataclass
-class Measured:
-    """A point's record with what is kept in memory for the steps after it."""
-
-    record: Point
-    warm: dict[str, Tensors] = field(default_factory=dict)
-
-
 @dataclass(frozen=True)
 class GradientPass:
     """One pass over the micro-batches: the loss, the gradients, and how much they differ from micro-batch to micro-batch."""
@@ -134,8 +126,7 @@ def measure(
     rows: int,
     index: int,
     step: int,
-    warm: dict[str, Tensors] | None = None,
-) -> Measured:
+) -> Point:
     """Measure ``groups`` (base, peft: what learning rates belong to) and the finer ``blocks`` inside them."""
     started = time.perf_counter()
     finer = [b for b in blocks if b.name not in {g.name for g in groups}]
@@ -146,7 +137,6 @@ def measure(
         )
     noise = {b.name: e for b, e in zip(groups, pass_.noise, strict=True)}
     made: dict[str, BlockPoint] = {}
-    ends: dict[str, Tensors] = {}
     coupling = margin = None
     with oracle.products(*groups) as hess:
         along = _along_gradient(hess, groups, finer, pass_.gradients)
@@ -155,7 +145,7 @@ def measure(
         pass_.gradients.clear()
         for group in groups:
             inner = [b for b in finer if b.group == group.group]
-            made |= _curvature(hess, group, inner, along, settings, index, warm or {}, ends)
+            made |= _curvature(hess, group, inner, along, settings, index)
             made[group.name] = replace(made[group.name], noise=noise[group.name])
         if len(groups) == 2:
             coupling = curvature.coupling(
@@ -197,7 +187,7 @@ def measure(
                 resolved=phi.stderr[at] <= abs(phi.mean[at]) / 3,
             )
             made[group.name] = replace(made[group.name], at_scale=AtScale(settings.mu, {"trace": trace}))
-    record = Point(
+    return Point(
         index=index,
         step=step,
         loss=pass_.loss,
@@ -208,7 +198,6 @@ def measure(
         seconds=time.perf_counter() - started,
         **scales,
     )
-    return Measured(record, ends)
 
 
 def _curvature(
@@ -218,8 +207,6 @@ def _curvature(
     along: dict[str, tuple[float, float]],
     settings: Settings,
     index: int,
-    warm: dict[str, Tensors],
-    ends: dict[str, Tensors],
 ) -> dict[str, BlockPoint]:
     """One group and the finer blocks inside it. Traces of all of them come from the same products."""
     parts = list(inner) or [group]
@@ -248,12 +235,9 @@ def _curvature(
             more = range(1, settings.density_runs if zeroth else 1)
             runs = [first, *(_run(hess, block, settings, 1000 * index + run, few=True) for run in more)]
         else:
-            runs = [_run(hess, block, settings, 1000 * index, warm.get(block.name), bounded=False)]
-        if runs[0].warm is not None:
-            ends[block.name] = runs[0].warm
-        mixed = not whole and block.name in warm
+            runs = [_run(hess, block, settings, 1000 * index, bounded=False)]
         own = trace if whole else traces[block.name].trace
-        plus = None if mixed else _trace_plus(runs, own, block.numel)
+        plus = _trace_plus(runs, own, block.numel)
         rank = None
         if plus is not None and runs[0].lam_max.value > 0:
             top = runs[0].lam_max.value
@@ -266,7 +250,7 @@ def _curvature(
             trace_plus=plus,
             trace_sq=trace_sq if whole else None,
             effective_rank=rank,
-            density=None if mixed else _density(runs),
+            density=_density(runs),
             gHg=Estimate(along[block.name][1], n=1, resolved=math.isfinite(along[block.name][1])),
             rows_stderr=_jackknife(forms if whole else traces[block.name].forms, shares),
         )
@@ -278,7 +262,6 @@ def _run(
     block: Block,
     settings: Settings,
     index: int,
-    warm: Tensors | None = None,
     few: bool = False,
     bounded: bool = True,
 ) -> curvature.Lanczos:
@@ -288,7 +271,6 @@ def _run(
         block,
         settings.seed,
         index,
-        warm=warm,
         max_steps=min(settings.max_steps, 12) if few else settings.max_steps,
         tol=0.5 if few else settings.end_tol,
         failure=settings.failure,

@@ -44,7 +44,8 @@ def recommendation(
         cap = recommend.envelope(caps) if caps else None
         if finite:
             chosen = recommend.recommend_base(finite, brackets, cap)
-            base, bound["base"] = _rate(chosen.step), chosen.bound_by
+            uncapped = "" if brackets else "no point resolves tr(H_+), so the stability bracket does not cap it"
+            base, bound["base"] = _rate(chosen.step, uncapped), chosen.bound_by
         elif brackets:
             chosen = recommend.capped(recommend.envelope(brackets), noise=cap)
             base = _rate(chosen.step, "the finite-scale rule found no decrease at any point")
@@ -90,6 +91,10 @@ def bracket_lower(point: Point, q: int) -> Given:
     x = point.blocks["base"]
     if x.trace_plus is None or x.lam_max is None:
         return "tr(H_+) was not measured at this point"
+    if not x.trace_plus.resolved:
+        return (
+            f"tr(H_+) is not resolved at this point ({x.trace_plus.value:.3g} +- {x.trace_plus.stderr or math.nan:.2g})"
+        )
     top = upper_end(x)
     top = top if math.isfinite(top) else x.lam_max.value
     plus = max(x.trace_plus.value, top)

@@ -66,6 +66,10 @@ def header(probe: Probe[Any], name: str, origin: dict[str, Any]) -> Header:
     """The first record of the probe called ``name``."""
     task, info = probe.task, dict(probe.task.info)
     parameters = sum(b.numel for b in probe.groups)
+    wrapped: Any = task.model
+    inner = (
+        wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped
+    )  # not peft's wrapper: the architecture
     dtype = str(probe.groups[0].tensors[0].dtype).removeprefix("torch.")
     peft = None
     if task.peft_info:
@@ -80,7 +84,7 @@ def header(probe: Probe[Any], name: str, origin: dict[str, Any]) -> Header:
         seed=probe.settings.seed,
         model=ModelInfo(
             name=str(info.pop("model")), sha256=str(info.pop("model_sha256")), parameters=parameters,
-            architecture=type(task.model).__name__, dtype=dtype,
+            architecture=type(inner).__name__, dtype=dtype,
         ),
         data=DataInfo(
             name=str(info.pop("data")), sha256=str(info.pop("data_sha256")), rows=probe.rows, tokens=probe.oracle.total_weight,

@@ -94,7 +94,6 @@ def _trajectory(probe: Probe, meter: Meter, done: Sequence[Record]) -> Iterator[
     }
     at_points = _spread(s.points, s.run_steps)
     at_secants = set(_spread(s.secants, s.run_steps))
-    warm: dict[str, Tensors] = {}
     walk: Walk | None = None
     last: tuple[int, Tensors, Tensors] | None = None  # step, weights and gradient at the last secant position
     for step in range(s.run_steps + 1):
@@ -105,8 +104,7 @@ def _trajectory(probe: Probe, meter: Meter, done: Sequence[Record]) -> Iterator[
                 record = have_points[index]
             else:
                 meter.phase(f"point {index + 1} of {s.points}")
-                measured = measure(probe.oracle, probe.groups, probe.blocks, s, probe.rows, index, step, warm)
-                record, warm = measured.record, measured.warm
+                record = measure(probe.oracle, probe.groups, probe.blocks, s, probe.rows, index, step)
                 yield record
             if walk is None:
                 walk = Walk.start(probe, record)
@@ -236,7 +234,7 @@ class Walk:
 
 
 def _moves(probe: Probe, step: int, last: object) -> list[tuple[str, str]]:
-    return [*((b.name, "gradient") for b in probe.blocks), *([("all", "trajectory")] if last is not None else [])]
+    return [*((b.name, "gradient") for b in probe.all_blocks), *([("all", "trajectory")] if last is not None else [])]
 
 
 def _position(probe: Probe) -> tuple[Tensors, Tensors]:
@@ -254,7 +252,7 @@ def _secants(
     by_name = dict(zip([n for b in probe.groups for n in b.names], gradient, strict=True))
     full = norm(gradient)
     found = []
-    for block in probe.blocks:
+    for block in probe.all_blocks:
         own = [by_name[n] for n in block.names]
         size = norm(own)
         if size == 0.0:

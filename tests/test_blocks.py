@@ -75,6 +75,8 @@ def test_regular_expression_names_blocks_by_what_it_captures() -> None:
 def test_bad_expression_and_empty_model() -> None:
     with pytest.raises(UserError, match="regular expression"):
         partition(language_model(), "(")
+    with pytest.raises(UserError, match="matches no parameter"):
+        partition(language_model(), "no such name")
     with pytest.raises(UserError, match="no block"):
         partition(nn.Sequential(nn.ReLU()))
     with pytest.raises(UserError, match="no block"):
