@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from hybridtheory.errors import UserError
+from hybridtheory.estimate import Estimate
 from hybridtheory.theory import recommend, stability, step_sizes
 from hybridtheory.theory.step_sizes import Step
 from probes.records import BlockPoint, Interval, Point, Rate, Rates, Recommendation
@@ -99,6 +100,15 @@ def bracket_lower(point: Point, q: int) -> Given:
     top = top if math.isfinite(top) else x.lam_max.value
     plus = max(x.trace_plus.value, top)
     return _attempt(lambda: stability.stability_bracket(plus, top, 0.0, q).lower)
+
+
+def stability_limit(point: Point, q: int) -> Given:
+    """The base rate above which a quadratic of this curvature is unstable: the bracket's lower end, or, where tr(H_+) is not
+    resolved, the weaker limit that the largest eigenvalue alone sets (tr(H_+) is at least that)."""
+    found = bracket_lower(point, q)
+    top = upper_end(point.blocks["base"])
+    top = top if math.isfinite(top) else (point.blocks["base"].lam_max or Estimate(math.nan)).value
+    return found if isinstance(found, Step) else _attempt(lambda: stability.stability_bracket(top, top, 0.0, q).lower)
 
 
 def _rule(

@@ -12,7 +12,7 @@ from hybridtheory.blocks import partition, split
 from hybridtheory.errors import UserError
 from tests.toys import is_lora, language_model, with_lora
 
-RULES = ["group", "layer", "module", r"h\.\d+"]
+RULES = ["group", "layer", "module", r"\.\d+"]
 
 
 @pytest.mark.parametrize("by", RULES)
