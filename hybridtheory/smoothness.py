@@ -176,7 +176,9 @@ def _envelope(u: Array, L: Array) -> tuple[float, float]:
     found = optimize.linprog([1.0, 1.0], A_ub=-np.column_stack([np.ones_like(u), u / s]), b_ub=-L / t, method="highs")
     a, b = float(found.x[0] * t), float(found.x[1] * t / s)
     # The solver is feasible to 1e-7; the line is lifted so that it is an envelope of the points to the last bit.
-    return a + max(0.0, float(np.max(L - a - b * u))), b
+    line = a + b * u
+    lift = max(1.0, float(np.max(L[line > 0] / line[line > 0], initial=1.0)))  # by a factor: a zero stays a zero
+    return a * lift, b * lift
 
 
 def _quantile(u: Array, L: Array, tau: float) -> tuple[float, float]:

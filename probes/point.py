@@ -43,8 +43,8 @@ class Settings:
     seed: int = 0
     points: int = 3
     secants: int = 30
-    run_steps: int = 60
-    directions: int = 12
+    run_steps: int = 45
+    directions: int = 10
     mu: float = 1e-3
     q: int = 1
     batch_size: int = 16
