@@ -49,7 +49,7 @@ class Probe(Generic[S]):
         finer = partition(task.model, settings.blocks, task.is_peft, task.base, task.peft_info)
         rows = len(task.rows)
         # Four micro-batches at least: the noise and the jackknife over rows are read off their differences.
-        size = settings.micro_batch or max(rows // 4, 1)
+        size = settings.micro_batch or -(-rows // 4)
         oracle = Oracle(
             task.model, task.objective, task.batches(size), groups, settings.curvature, memory_limit=settings.max_memory
         )
