@@ -386,7 +386,7 @@ def density(report: Report) -> Figure | None:
     figure, axes = grid(len(names))
     sizes = {b.name: b.d for b in report.blocks}
     for ax, name in zip(axes, names):
-        floor = 0.0
+        floor = top = 0.0
         for colour, p in zip(colours(len(report.points)), report.points):
             spectral = p.blocks[name].density if name in p.blocks else None
             if spectral is None or not len(spectral.nodes):
@@ -396,11 +396,13 @@ def density(report: Report) -> Figure | None:
             x = np.linspace(nodes.min() - 4 * width, nodes.max() + 4 * width, 800)
             bumps = np.exp(-0.5 * ((x[:, None] - nodes) / width) ** 2) / (width * math.sqrt(2 * math.pi))
             ax.plot(x, bumps @ weights, color=colour, label=step_label(p), lw=1.0)
+            top = max(top, float((bumps @ weights).max()))
             # One eigenvalue of d is a bump of this height; a tenth of it is as far down as the estimate means anything.
             one = 1 / (sizes[name] * width * math.sqrt(2 * math.pi))
             floor = min(floor or math.inf, 0.1 * one)
         ax.set(yscale="log", title=short(name), xlabel=r"eigenvalue $\lambda$")
-        ax.set_ylim(bottom=floor)
+        # Autoscaling would reach as far up as the empty gaps of the density reach down.
+        ax.set_ylim(bottom=floor, top=10 * top if top > floor else None)
         log_axis(ax.yaxis)
     axes[0].set_ylabel("density (integral 1)")
     axes[0].legend(loc="upper right")

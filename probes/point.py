@@ -407,6 +407,9 @@ def _phi(deltas: list[float], plus: np.ndarray, minus: np.ndarray, trace: float)
     resolved = [i for i in range(len(kept)) if stderr[i] <= abs(implied[i])]
     anchor = resolved[0] if resolved else 0
     same = [i for i in resolved if abs(implied[i] - implied[anchor]) <= 0.2 * abs(implied[anchor])]
+    # A first resolved rung that the unresolved ones below it contradict lies beyond the quadratic region: there is no fit.
+    if any(abs(implied[i] - implied[anchor]) > 3 * stderr[i] for i in range(anchor)):
+        same = []
     fit = None
     if same:
         at = same[len(same) // 2]
