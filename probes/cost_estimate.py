@@ -16,7 +16,7 @@ from probes.records import Cost
 if TYPE_CHECKING:
     from probes.smoothness import Probe
 
-# Products that iterations with a stopping rule took in the committed reports: vectors of a trace, Lanczos steps of a group and of a
+# Products that iterations with a stopping rule took on the embedded model, roughly: vectors of a trace, Lanczos steps of a group and of a
 # finer block, pairs of the coupling, steps of the margin. Only the estimate rests on them.
 VECTORS, STEPS, INNER_STEPS, PAIRS, MARGIN = 24, 18, 12, 7, 12
 VALUES_PER_DIRECTION, DELTAS = 10, 6

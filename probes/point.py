@@ -20,7 +20,7 @@ from hybridtheory.vectors import Tensors, add_, dot
 from probes.rates import coupled
 from probes.records import AtScale, BlockPoint, Density, FiniteScale, Phi, Point
 
-# A group's upper bound on lambda_max lies within this share of the spectrum's width: 13 products at d = 1e6, 16 at 1e8.
+# A group's upper bound on lambda_max lies within this share of the spectrum's width: 14 products at d = 1e6, 16 at 1e8.
 BOUND = 0.25
 
 
