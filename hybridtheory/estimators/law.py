@@ -7,6 +7,7 @@ frozen dataclass; a new estimator is a new law.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,14 +20,14 @@ from hybridtheory.estimators.streams import Key
 
 
 @dataclass(frozen=True)
-class Law:
+class Law(ABC):
     """Only `fill` must be given. ``like`` is the parameter itself: its shape, dtype and device, and for masks its
     values.
     """
 
+    @abstractmethod
     def fill(self, key: Key, name: str, like: Tensor) -> Tensor:
         """u for one tensor, in its shape: float32, or float64 for a float64 parameter."""
-        raise NotImplementedError
 
     def bind(self, block: Block, keys: Sequence[Key]) -> Law:
         """The law for these keys on this block, for laws where one tensor's u depends on the others (a norm, a Gram

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -59,9 +60,9 @@ class LowRank(Law):
             return None
         return (m, n) if m > 1 and n > 1 else None
 
+    @abstractmethod
     def factors(self, key: Key, name: str, m: int, n: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """A, B, shapes (m, r), (n, r), with r at most the capped rank."""
-        raise NotImplementedError
 
     def _factors(self, key: Key, name: str, shape: tuple[int, int], like: Tensor) -> tuple[Tensor, Tensor]:
         tag = (key, shape, like.dtype, like.device, self.rank, getattr(self, "refresh", None))

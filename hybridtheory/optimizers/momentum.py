@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -13,11 +14,12 @@ from hybridtheory.optimizers.groups import Unit
 from hybridtheory.optimizers.rules import State, momentum_
 
 
-class DenseRule(ZeroOrder):
+class DenseRule(ZeroOrder, ABC):
     """A rule that needs ĝ as a tensor: it is made dense one tensor at a time, only the rule's own memory spans the block."""
 
+    @abstractmethod
     def _rule(self, w: Tensor, g: Tensor, state: State, lr: float) -> None:
-        raise NotImplementedError
+        """Move ``w`` in place by the rule, given ĝ and what the rule remembers of this tensor."""
 
     @torch.no_grad()
     def _descend(self, unit: Unit, zo: ZOGradient, factor: float = 1.0) -> None:

@@ -11,6 +11,7 @@ T1 `quadratic`, T2 `pseudo_huber` and T3 `cosh` of our theory notes are one clas
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -24,7 +25,7 @@ Array = NDArray[np.float64]
 Law = Callable[[float], float]  # l(u): curvature allowed where the full gradient has norm u
 
 
-class Problem:
+class Problem(ABC):
     """What every problem offers; subclasses give `values`, `gradients` and `hessian`.
 
     Attributes: d_x, d_y, n; f_star (exact minimum or infimum); L_x, L_y (NaN where no global constant exists); l_x, l_y (the
@@ -45,17 +46,17 @@ class Problem:
     def d(self) -> int:
         return self.d_x + self.d_y
 
+    @abstractmethod
     def values(self, w: Array) -> Array:
         """[..., d] -> [..., n], every f_i."""
-        raise NotImplementedError
 
+    @abstractmethod
     def gradients(self, w: Array) -> Array:
         """[..., d] -> [..., n, d], every gradient."""
-        raise NotImplementedError
 
+    @abstractmethod
     def hessian(self, w: Array) -> Array:
         """[d] -> [d, d], Hessian of f."""
-        raise NotImplementedError
 
     def value(self, w: Array) -> Array:
         """[..., d] -> [...], f."""
