@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -13,6 +13,7 @@ class Estimate:
     residual    of a Lanczos pair: *some* eigenvalue lies that near. It is no bound on the largest.
     upper       one-sided bound that holds with probability ``confidence`` over the random start. For a smallest eigenvalue it
                 bounds from below (it is the outer bound of its end).
+    lower       with it ``upper`` is the other end of an interval that holds the number with probability ``confidence``
     n           vectors, or Lanczos steps
     """
 
@@ -24,6 +25,13 @@ class Estimate:
     n: int = 0
     resolved: bool = True
     note: str = ""
+    lower: float | None = None
+
+    def times(self, factor: float) -> Estimate:
+        """The same evidence in units larger by a known positive factor."""
+        scaled = (None if x is None else factor * x for x in (self.stderr, self.residual, self.upper, self.lower))
+        stderr, residual, upper, lower = scaled
+        return replace(self, value=factor * self.value, stderr=stderr, residual=residual, upper=upper, lower=lower)
 
 
 @dataclass(frozen=True)

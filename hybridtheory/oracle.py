@@ -19,6 +19,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hybridtheory import memory
@@ -282,11 +283,15 @@ class Products:
 
 def _hessian(oracle: Oracle, batch: Batch, tensors: list[Tensor]) -> _Product:
     grads = torch.autograd.grad(oracle.loss(batch) / oracle.total_weight, tensors, create_graph=True, allow_unused=True)
+    # Only the places in the graph are kept, not the gradients that stand there: they are as large as the model, once a micro-batch.
+    # A tensor whose gradient is constant (or absent) has no graph to go back through: its rows of H are zero.
+    edges = [get_gradient_edge(g) if g is not None and g.requires_grad else None for g in grads]
+    dtypes = [None if g is None else g.dtype for g in grads]
+    del grads
 
     def product(v: Tensors, rows: list[int], wanted: list[Tensor]) -> Tensors:
-        # A tensor whose gradient is constant (or absent) has no graph to go back through: its rows of H are zero.
-        live = [(grads[r], x) for r, x in zip(rows, v, strict=True) if grads[r] is not None and grads[r].requires_grad]
-        return _pullback([g for g, _ in live], wanted, [x for _, x in live])
+        live = [(e, x.to(dtypes[r])) for r, x in zip(rows, v, strict=True) if (e := edges[r]) is not None]
+        return _pullback([e for e, _ in live], wanted, [x for _, x in live])
 
     return product
 
@@ -303,17 +308,18 @@ def _gauss_newton(oracle: Oracle, batch: Batch, tensors: list[Tensor]) -> _Produ
 
     def product(v: Tensors, rows: list[int], wanted: list[Tensor]) -> Tensors:
         live = [(jtu[r], x) for r, x in zip(rows, v, strict=True) if jtu[r] is not None and jtu[r].requires_grad]
-        jv = _pullback([j for j, _ in live], [u], [x for _, x in live])
+        jv = _pullback([j for j, _ in live], [u], [x.to(j.dtype) for j, x in live])
         return _pullback([z], wanted, _pullback([dz], [leaf], jv))
 
     return product
 
 
-def _pullback(outputs: Sequence[Tensor], inputs: list[Tensor], tangents: Sequence[Tensor]) -> Tensors:
+def _pullback(
+    outputs: Sequence[Tensor] | Sequence[GradientEdge], inputs: list[Tensor], tangents: Sequence[Tensor]
+) -> Tensors:
     """sum_i tangent_i' d output_i / d inputs, the graph kept for the next product."""
     if not outputs:
         return zeros(inputs)
-    tangents = [t.to(o.dtype) for t, o in zip(tangents, outputs, strict=True)]
     return list(
         torch.autograd.grad(outputs, inputs, tangents, retain_graph=True, allow_unused=True, materialize_grads=True)
     )

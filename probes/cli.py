@@ -7,6 +7,7 @@ measured kept.
 from __future__ import annotations
 
 import math
+import re
 import shlex
 import sys
 import warnings
@@ -110,6 +111,14 @@ def probe_smoothness(
         int | None,
         option(MACHINE, "Rows at a time: less memory, the same numbers.", show_default="a quarter of the rows"),
     ] = None,
+    max_memory: Annotated[
+        str | None,
+        option(
+            MACHINE,
+            "Most that the process may hold, like 8GiB: graphs that do not fit are rebuilt.",
+            show_default="what is free",
+        ),
+    ] = None,
     out: Annotated[Path | None, option(OUTPUT, "Run folder.", show_default="runs/smoothness-MODEL-DATA")] = None,
     resume: Annotated[
         bool, option(OUTPUT, "Go on with the run in --out (or the latest of this model and data).", "--resume")
@@ -147,7 +156,7 @@ def probe_smoothness(
 
             settings = Settings(
                 blocks=blocks, seed=seed, points=points, secants=secants, run_steps=run_steps, directions=directions, mu=mu, q=q,
-                batch_size=batch_size, steps=steps, micro_batch=micro_batch, curvature=curvature,
+                batch_size=batch_size, steps=steps, micro_batch=micro_batch, curvature=curvature, max_memory=size_in_bytes(max_memory),
             )  # fmt: skip
             task = load_task(
                 model, data, peft=peft, rank=rank, alpha=alpha, targets=names(targets), virtual_tokens=virtual_tokens, loss=loss, rows=rows,
@@ -233,6 +242,20 @@ def choose_folder(model: str | None, data: str | None, out: Path | None, resume:
     if taken is None:
         raise UserError(f"--resume: there is no run of {model} on {data} under runs/: give its folder as --out")
     return taken
+
+
+def size_in_bytes(text: str | None) -> int | None:
+    """8GiB, 900MiB, 8GB or plain bytes."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kMGT])(i?)B?)?\s*", text)
+    size = 0.0
+    if found:
+        number, unit, binary = found.groups()
+        size = float(number) * (1024 if binary else 1000) ** (" kMGT".index(unit) if unit else 0)
+    if size < 1:
+        raise UserError(f"--max-memory is a size like 8GiB or 900MiB, not {text!r}")
+    return int(size)
 
 
 def check_numbers(seed: int, micro_batch: int | None, alpha: float | None, mu: float) -> None:

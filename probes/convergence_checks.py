@@ -69,9 +69,8 @@ def constants(
         fit = fit_envelope(u, values) if len(u) >= 3 else None
         laws[n] = (fit.L0, fit.L1) if fit is not None and fit.identified else (L[n], 0.0)
     plus = [p.blocks["base"].trace_plus or p.blocks["base"].trace for p in measured if "base" in names]
-    # One point whose quadrature did not converge must not decide for all.
-    plus = [e for e in plus if e is not None and e.resolved] or plus
-    trace = max((max(e.value, 0.0) + 2 * (e.stderr or 0.0) for e in plus if e is not None), default=0.0)
+    bounds = [max(e.value, 0.0) + 2 * (e.stderr or 0.0) if e.upper is None else e.upper for e in plus if e is not None]
+    trace = max(bounds, default=0.0)
     law = s.law or ("gaussian" if METHODS[s.method].law is None else s.method)
     fixed = [n for n in names if n not in eta]
     return Constants(

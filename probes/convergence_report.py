@@ -212,7 +212,7 @@ def constants(records: Sequence[Record]) -> list[str]:
         [f"L0, L1 {g}", f"{number(a)}, {number(b)}"] for g, (a, b) in c.laws.items()
     ]
     rows += [
-        ["tr(H_xx,+), with two standard errors", number(c.trace_plus)],
+        ["tr(H_xx,+), the largest it can be (95 %)", number(c.trace_plus)],
         ["‖H_xy‖_F²", number(c.cross_sq)],
         ["Δ = f(w₀) - f*", number(c.Delta)],
     ]

@@ -60,6 +60,7 @@ def flat(name: str, item: Any) -> dict[str, Any]:
         return {
             name: item.value,
             f"{name}_stderr": item.stderr,
+            f"{name}_lower": item.lower,
             f"{name}_upper": item.upper,
             f"{name}_resolved": item.resolved,
         }

@@ -53,6 +53,8 @@ def estimate(e: Estimate | None) -> str:
     if e is None:
         return "–"
     text = number(e.value) + (f" ± {number(e.stderr, 2)}" if e.stderr is not None else "")
+    if e.lower is not None and e.upper is not None:
+        text = f"{number(e.value)} ({number(e.lower, 2)} to {number(e.upper, 2)})"
     return text if e.resolved else f"{text} (**not resolved**)"
 
 

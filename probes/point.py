@@ -15,6 +15,7 @@ from hybridtheory.blocks import Block
 from hybridtheory.errors import UserError
 from hybridtheory.estimate import Estimate
 from hybridtheory.oracle import Oracle, Products
+from hybridtheory.quadrature import negative_part
 from hybridtheory.theory.finite_scale import finite_scale, least, phi_trace
 from hybridtheory.vectors import Tensors, add_, dot
 from probes.rates import coupled
@@ -241,7 +242,7 @@ def _curvature(
         rank = None
         if plus is not None and runs[0].lam_max.value > 0:
             top = runs[0].lam_max.value
-            rank = replace(plus, value=plus.value / top, stderr=None if plus.stderr is None else plus.stderr / top)
+            rank = plus.times(1 / top)
         made[block.name] = BlockPoint(
             grad_norm=along[block.name][0],
             lam_max=runs[0].lam_max,
@@ -292,21 +293,24 @@ def _along_gradient(
 
 
 def _trace_plus(runs: Sequence[curvature.Lanczos], trace: Estimate, d: int) -> Estimate:
-    """tr H_+ = tr H + tr H_-: the trace from many vectors, the (smaller) negative part from the quadrature of the few runs."""
-    negative = np.array([run.quadrature(lambda x: np.maximum(-x, 0.0), d) for run in runs])
-    value = trace.value + float(negative.mean())
-    spread = float(negative.std(ddof=1) / math.sqrt(len(runs))) if len(runs) > 1 else None
-    # A bulk near zero is coarser than the nodes: what two nodes fewer would have given bounds that part of the error.
-    coarser = np.array([run.quadrature(lambda x: np.maximum(-x, 0.0), d, drop=2) for run in runs])
-    rule = float(np.abs(negative - coarser).mean())
-    stderr = None if spread is None or trace.stderr is None else math.sqrt(trace.stderr**2 + spread**2 + rule**2)
-    resolved = stderr is not None and stderr <= abs(value) / 3
+    """tr H_+ = tr H + tr H_-: the trace from many vectors, the negative part from the Lanczos runs, between the bounds that
+    their moments set. ``lower`` and ``upper`` take in two standard errors of both."""
+    found = [negative_part(run) for run in runs]
+    negative, low, high = (d * np.array([getattr(f, name) for f in found]) for name in ("value", "lower", "upper"))
+
+    def stderr(values: np.ndarray) -> float:
+        # One start of a million dimensions says nearly what another one does; with a single one its own error is unknown.
+        own = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
+        return math.hypot(trace.stderr or 0.0, own)
+
+    value = max(trace.value + float(negative.mean()), 0.0)
+    lower = max(trace.value + float(low.mean()) - 2 * stderr(low), float(low.mean()) - 2 * stderr(low), 0.0)
+    upper = trace.value + float(high.mean()) + 2 * stderr(high)
+    # Four standard errors wide, were it a normal interval: the same third as everywhere.
+    resolved = upper - lower <= 4 * value / 3
+    note = "" if resolved else "the bulk near zero is finer than the Lanczos nodes"
     return Estimate(
-        max(value, 0.0),
-        stderr=stderr,
-        n=trace.n,
-        resolved=resolved,
-        note="" if resolved else "its error exceeds a third",
+        value, stderr(negative), upper=upper, confidence=0.95, n=trace.n, resolved=resolved, note=note, lower=lower
     )
 
 

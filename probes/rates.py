@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from hybridtheory.errors import UserError
-from hybridtheory.estimate import Estimate
 from hybridtheory.theory import recommend, stability, step_sizes
 from hybridtheory.theory.step_sizes import Step
 from probes.records import BlockPoint, Interval, Point, Rate, Rates, Recommendation
@@ -45,7 +45,7 @@ def recommendation(
         cap = recommend.envelope(caps) if caps else None
         if finite:
             chosen = recommend.recommend_base(finite, brackets, cap)
-            uncapped = "" if brackets else "no point resolves tr(H_+), so the stability bracket does not cap it"
+            uncapped = "" if brackets else "tr(H_+) was not measured, so the stability bracket does not cap it"
             base, bound["base"] = _rate(chosen.step, uncapped), chosen.bound_by
         elif brackets:
             chosen = recommend.capped(recommend.envelope(brackets), noise=cap)
@@ -92,23 +92,15 @@ def bracket_lower(point: Point, q: int) -> Given:
     x = point.blocks["base"]
     if x.trace_plus is None or x.lam_max is None:
         return "tr(H_+) was not measured at this point"
-    if not x.trace_plus.resolved:
-        return (
-            f"tr(H_+) is not resolved at this point ({x.trace_plus.value:.3g} +- {x.trace_plus.stderr or math.nan:.2g})"
-        )
     top = upper_end(x)
     top = top if math.isfinite(top) else x.lam_max.value
-    plus = max(x.trace_plus.value, top)
-    return _attempt(lambda: stability.stability_bracket(plus, top, 0.0, q).lower)
-
-
-def stability_limit(point: Point, q: int) -> Given:
-    """The base rate above which a quadratic of this curvature is unstable: the bracket's lower end, or, where tr(H_+) is not
-    resolved, the weaker limit that the largest eigenvalue alone sets (tr(H_+) is at least that)."""
-    found = bracket_lower(point, q)
-    top = upper_end(point.blocks["base"])
-    top = top if math.isfinite(top) else (point.blocks["base"].lam_max or Estimate(math.nan)).value
-    return found if isinstance(found, Step) else _attempt(lambda: stability.stability_bracket(top, top, 0.0, q).lower)
+    plus, note = x.trace_plus.value, ""
+    if not x.trace_plus.resolved:
+        # A cap from a number that is not resolved would bind for no reason: the least that tr(H_+) can be caps no more than it must.
+        plus = x.trace_plus.lower or 0.0
+        note = f"tr(H_+) is not resolved: the least it can be, {plus:.3g}, is used"
+    found = _attempt(lambda: stability.stability_bracket(max(plus, top), top, 0.0, q).lower)
+    return found if isinstance(found, str) else replace(found, note=note)
 
 
 def _rule(

@@ -60,7 +60,7 @@ class Constants:
     """What the theorems are given: the largest of every constant over the measured points, and the settings of the run.
 
     norms: ‖H_xx‖ ("base"), ‖H_yy‖ ("peft"), ‖H_xy‖ ("coupling"), as bounds; L: joint constants from them (diag(L) >= ±H at the points);
-    trace_plus = tr(H_xx,+) and cross_sq = ‖H_xy‖_F², two standard errors added; laws: (L0, L1) of each group;
+    trace_plus = tr(H_xx,+), its upper end, and cross_sq = ‖H_xy‖_F², two standard errors added; laws: (L0, L1) of each group;
     d: parameters; Delta = f(w_0) - f_star; slope_error: root mean square error of
     the method's slopes over ‖g_x‖; n: minibatches an epoch; sgd: whether the method's steps are those of the theorems. rates_from
     says where the learning rates came from.

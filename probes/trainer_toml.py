@@ -44,7 +44,7 @@ def limits(report: Report, q: int) -> dict[str, float]:
     """Stability limits by group, the least over the measured points; a group without its curvature is left out."""
     found: dict[str, list[float]] = {}
     for point in report.points:
-        if "base" in point.blocks and not isinstance(low := rates.stability_limit(point, q), str):
+        if "base" in point.blocks and not isinstance(low := rates.bracket_lower(point, q), str):
             found.setdefault("base", []).append(low.value)
         if "peft" in point.blocks and rates.upper_end(point.blocks["peft"]) > 0:
             found.setdefault("peft", []).append(2 / rates.upper_end(point.blocks["peft"]))

@@ -7,12 +7,14 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import linprog
 from torch import Tensor
 
 from hybridtheory import streams
 from hybridtheory.blocks import Block, partition
 from hybridtheory.curvature import coupling, end_excess, lanczos, margin, mean_estimate, spectrum, traces
 from hybridtheory.errors import UserError
+from hybridtheory.quadrature import negative_part
 from hybridtheory.vectors import dot
 from tests.test_oracle import dense
 from tests.toys import Quadratic, language_oracle, quadratic_oracle, spectrum_matrix
@@ -203,3 +205,36 @@ def test_inner_products_are_taken_in_float64() -> None:
     """The terms cancel to 1 out of 2e8: a float32 sum loses it."""
     a = [torch.tensor([1e8, 1.0, -1e8], dtype=torch.float32)]
     assert dot(a, [torch.ones(3)]) == 1.0
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_negative_part_lies_between_its_bounds(seed: int) -> None:
+    """Bulk near zero, both signs, a power law: z'H₋z is inside at every length of the run, and the bounds close in."""
+    n = 400
+    tail = 1.0 / torch.arange(1, n // 2 + 1)
+    values = torch.cat([100 * tail, -40 * tail]).double()
+    z = torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    exact = float(z**2 @ (-values).clamp(min=0) / (z @ z))
+    gaps = []
+    for k in (1, 2, 5, 12, 25):
+        run = lanczos(lambda v: [values * v[0]], [z.clone()], max_steps=k, min_steps=k, tol=0.0, basis=True)
+        found = negative_part(run)
+        assert found.lower - 1e-9 <= exact <= found.upper + 1e-9 and found.lower <= found.value <= found.upper
+        gaps.append(found.upper - found.lower)
+    assert gaps[-1] < 0.5 * gaps[1]
+
+
+def test_bounds_of_the_negative_part_are_the_extremes_of_a_linear_program() -> None:
+    """Over all measures on a fine grid with the same moments 0 to 2k, by SciPy's LP: nothing beats the two bounds."""
+    values = torch.tensor([5.0, 3.0, 1.0, 0.5, -0.2, -0.6, -1.0, -2.0], dtype=torch.float64)
+    start = [torch.ones(8, dtype=torch.float64)]
+    run = lanczos(lambda v: [values * v[0]], start, max_steps=3, min_steps=3, tol=0.0, basis=True)
+    found = negative_part(run)
+    x = np.linspace(-8, 8, 6401)
+    chebyshev = np.polynomial.chebyshev.chebvander(x / 8, 6).T
+    moments = np.polynomial.chebyshev.chebvander(values.numpy() / 8, 6).T @ np.full(8, 1 / 8)
+    cost = np.maximum(-x, 0)
+    low = linprog(cost, A_eq=chebyshev, b_eq=moments).fun
+    high = -linprog(-cost, A_eq=chebyshev, b_eq=moments).fun
+    assert found.lower == pytest.approx(low, abs=2e-3) and found.upper == pytest.approx(high, abs=2e-3)
+    assert found.upper - found.lower > 0.02
