@@ -270,3 +270,16 @@ def test_a_run_of_the_real_probe_from_the_command_to_its_files(tmp_path, gpt2, f
     assert report.recommendation.base.value > 0
     assert json.loads((tmp_path / "run" / "report.json").read_text()) == report.json()
     assert (tmp_path / "run" / "figures" / "learning_rates.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("8GiB", 8 * 2**30), ("900MiB", 900 * 2**20), ("8 GB", 8 * 10**9), ("123456", 123456)]
+)
+def test_memory_sizes(text: str, size: int) -> None:
+    assert cli.size_in_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "8 apples", "-1GiB", "0", "GiB", "1e3", "nan"])
+def test_memory_sizes_refused(text: str) -> None:
+    with pytest.raises(UserError, match="--max-memory is a size like 8GiB"):
+        cli.size_in_bytes(text)
