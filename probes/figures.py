@@ -58,6 +58,10 @@ def drawn(report: Report) -> dict[str, Figure]:
         from probes import figures_estimators
 
         makers = figures_estimators.MAKERS
+    if report.header.probe == "cost":
+        from probes import figures_cost
+
+        makers = figures_cost.MAKERS
     with style():
         made = {name: make(report) for name, make in makers.items()}
     return {name: figure for name, figure in made.items() if figure is not None}

@@ -22,6 +22,8 @@ from typing import Any, Literal
 from hybridtheory.estimate import Estimate, Finding
 from hybridtheory.theory.checks import Hypothesis
 from probes.records_convergence import Checked, Constants, Descent, Exponent, Trajectory
+from probes.records_cost import StepMemory, StepTime
+from probes.records_sweep import Cell, Predictions, SweepTask
 
 SCHEMA = 0
 Interval = tuple[float, float]
@@ -564,6 +566,11 @@ Record = (
     | Constants
     | Exponent
     | Checked
+    | StepMemory
+    | StepTime
+    | SweepTask
+    | Predictions
+    | Cell
     | Cost
     | Warning
     | End
@@ -590,6 +597,11 @@ KINDS: dict[str, type[Any]] = {
     "constants": Constants,
     "exponent": Exponent,
     "checked": Checked,
+    "step_memory": StepMemory,
+    "step_time": StepTime,
+    "sweep_task": SweepTask,
+    "predictions": Predictions,
+    "cell": Cell,
     "cost": Cost,
     "warning": Warning,
     "end": End,

@@ -33,6 +33,8 @@ from probes.records import (
     Recommendation,
     Record,
     Secant,
+    StepMemory,
+    StepTime,
     TrainStep,
     Warning,
 )
@@ -192,6 +194,15 @@ class Report:
                 "budgets": self.all(Budget),
                 "allocations": self.all(Allocation),
             }
+        if head.probe == "cost":
+            document = {
+                n: v
+                for n, v in document.items()
+                if n in {"schema", "probe", "run", "model", "data", "cost", "warnings"}
+            } | {
+                "memory": self.all(StepMemory),
+                "time": self.all(StepTime),
+            }
         out: dict[str, Any] = jsonl.plain(document)
         return out
 
@@ -217,9 +228,12 @@ class Report:
 
     def markdown(self) -> str:
         """report.md."""
-        from probes import markdown, markdown_estimators
+        from probes import markdown, markdown_cost, markdown_estimators
 
-        return markdown_estimators.text(self) if self.header.probe == "estimators" else markdown.text(self)
+        text = {"estimators": markdown_estimators.text, "cost": markdown_cost.text}.get(
+            self.header.probe, markdown.text
+        )
+        return text(self)
 
     def trainer_toml(self) -> str:
         """trainer.toml: the recommended rates and what they assume."""

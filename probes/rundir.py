@@ -18,7 +18,20 @@ from typing import IO
 
 from hybridtheory.errors import UserError
 from probes.jsonl import decode, differences, encode, read_lines, stable
-from probes.records import End, Epoch, Estimator, Evaluation, Header, Point, Record, Secant, Step
+from probes.records import (
+    End,
+    Epoch,
+    Estimator,
+    Evaluation,
+    Header,
+    Point,
+    Record,
+    Secant,
+    Step,
+    StepMemory,
+    StepTime,
+    SweepTask,
+)
 
 try:
     import fcntl
@@ -26,7 +39,7 @@ except ImportError:  # no such lock on Windows: two commands on one folder are t
     fcntl = None  # type: ignore[assignment]
 
 RECORDS = "records.jsonl"
-MEASUREMENTS = (Point, Secant, Estimator, Epoch, Step, Evaluation)
+MEASUREMENTS = (Point, Secant, Estimator, Epoch, Step, Evaluation, StepMemory, StepTime, SweepTask)
 
 
 def _candidates(probe: str, model: str, data: str, root: Path) -> Iterator[Path]:

@@ -38,6 +38,9 @@ def test_passes_of_one_step():
     assert cost.passes("hybrid", 3).time(1.5) == 6 + 1 + 1.5
     assert cost.passes("zo-conservative").time() == 5
     assert cost.passes("hizoo").time() == 3
+    assert cost.passes("forward-gradient", 4).time() == 4
+    # 3 inner gradients, 2 for p, 1 value at s, Φ = 3 losses at w and at w + μu
+    assert cost.passes("bilevel", inner_steps=3) == cost.Passes(3 + 2 + 1 + 6, 5)
 
 
 @pytest.mark.parametrize(

@@ -87,16 +87,18 @@ class Passes:
         return self.forward + backward * self.backward
 
 
-def passes(method: str, q: int = 1, one_sided: bool = False, joint: bool = True) -> Passes:
+def passes(method: str, q: int = 1, one_sided: bool = False, joint: bool = True, inner_steps: int = 10) -> Passes:
     """Passes of one step on one batch.
 
-    Args: method: "fo" (all weights or PEFT), "zo", "hybrid", "zo-conservative" (ZO-SGD-Cons, q = 1), "hizoo".
+    Args: method: "fo" (all weights or PEFT), "zo", "hybrid", "forward-gradient", "bilevel", "zo-conservative" (ZO-SGD-Cons, q = 1),
+          "hizoo".
           q queries; one_sided: forward differences, q queries sharing f(w); joint: the hybrid updates both blocks from one point,
           so that a one-sided difference reuses the backward pass's own forward; sequential updates cannot.
     Statement: zo 2q, one-sided q + 1; fo 1 + a backward; hybrid their sum, less 1 forward where f(w) is reused; conservative 2 + 3
-               (w, w - ηĝ, w + ηĝ on the same batch); HiZOO 3.
+               (w, w - ηĝ, w + ηĝ on the same batch); HiZOO 3; forward gradient q passes, each with its derivative beside it; bilevel
+               K inner gradients, one of each level for p, the value at s, and Φ (three losses) at q + 1 points.
     """
-    count("passes", q=q)
+    count("passes", q=q, inner_steps=inner_steps)
     zo = q + 1 if one_sided else 2 * q
     if method == "fo":
         return Passes(1, 1)
@@ -104,10 +106,15 @@ def passes(method: str, q: int = 1, one_sided: bool = False, joint: bool = True)
         return Passes(zo, 0)
     if method == "hybrid":
         return Passes(zo + 1 - (1 if one_sided and joint else 0), 1)
+    if method == "forward-gradient":
+        return Passes(q, 0)
+    if method == "bilevel":
+        return Passes(inner_steps + 3 + 3 * (q + 1), inner_steps + 2)
     if method in ("zo-conservative", "hizoo") and q == 1:
         return Passes(5 if method == "zo-conservative" else 3, 0)
     raise UserError(
-        f"passes knows fo, zo, hybrid, and with q = 1 zo-conservative and hizoo, got {method!r} with q = {q}"
+        "passes knows fo, zo, hybrid, forward-gradient, bilevel, and with q = 1 zo-conservative and hizoo, got "
+        f"{method!r} with q = {q}"
     )
 
 
