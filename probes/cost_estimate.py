@@ -97,10 +97,7 @@ def estimate(probe: Probe, meter: Meter) -> Cost:
     meter.unit = Unit(value, gradient, graph, product)
     vectors, steps = min(VECTORS, s.max_vectors), min(STEPS, s.max_steps)
     per_group = {
-        g.name: vectors + steps + 12 * (s.density_runs - 1) + 1
-        if g.group == "base"
-        else max(s.max_vectors // 8, 8) + steps + 1
-        for g in groups
+        g.name: vectors + steps + 1 if g.group == "base" else max(s.max_vectors // 8, 8) + steps + 1 for g in groups
     }
     inner_cost = sum((INNER_STEPS + 1) * product[g.name] * 0.5 for g in groups for b in inner if b.group == g.group)
     inner_count = (INNER_STEPS + 1) * len(inner)

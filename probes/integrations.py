@@ -152,7 +152,7 @@ class SmoothnessCallback(transformers.TrainerCallback):
         if every < 1:
             raise UserError(f"every is a number of steps, at least 1, not {every}")
         self.batches, self.every, self.log, self.loss_fn = list(batches), every, log, loss_fn
-        cheap = {"max_steps": 15, "max_vectors": 12, "directions": 6, "density_runs": 1}
+        cheap = {"max_steps": 15, "max_vectors": 12, "directions": 6}
         self.settings = Settings(**{**cheap, **settings})
         self.points: list[Point] = []
         self.history: list[dict[str, float]] = []

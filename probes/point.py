@@ -37,7 +37,6 @@ class Settings:
     batch_size, steps   of the *planned* training, in rows and optimizer steps: what the noise-limited rule needs
     end_tol, trace_tol  relative errors at which eigenvalues and traces stop
     max_steps, max_vectors  caps on Lanczos steps and on Hutchinson vectors
-    density_runs Lanczos runs from independent starts: two give tr(H_+) a standard error
     """
 
     blocks: str = "group"
@@ -56,7 +55,6 @@ class Settings:
     trace_tol: float = 0.1
     max_steps: int = 60
     max_vectors: int = 96
-    density_runs: int = 2
     failure: float = 0.025
     max_memory: int | None = None
 
@@ -166,7 +164,7 @@ def measure(
                     settings.seed,
                     index,
                     max_steps=settings.max_steps,
-                    tol=settings.end_tol,
+                    tol=0.05,  # whether it exceeds 1 is the question
                     ends=("max",),
                 )
                 margin = run.lam_max
@@ -232,50 +230,36 @@ def _curvature(
     made = {}
     for block in [group, *inner]:
         whole = block is group
-        if whole:
-            more = range(1, settings.density_runs if zeroth else 1)
-            runs = [first, *(_run(hess, block, settings, 1000 * index + run, few=True) for run in more)]
-        else:
-            runs = [_run(hess, block, settings, 1000 * index, bounded=False)]
+        run = first if whole else _run(hess, block, settings, 1000 * index, bounded=False)
         own = trace if whole else traces[block.name].trace
-        plus = _trace_plus(runs, own, block.numel)
-        rank = None
-        if plus is not None and runs[0].lam_max.value > 0:
-            top = runs[0].lam_max.value
-            rank = plus.times(1 / top)
+        plus = _trace_plus(run, own, block.numel)
+        top = run.lam_max.value
         made[block.name] = BlockPoint(
             grad_norm=along[block.name][0],
-            lam_max=runs[0].lam_max,
-            lam_min=runs[0].lam_min,
+            lam_max=run.lam_max,
+            lam_min=run.lam_min,
             trace=own,
             trace_plus=plus,
             trace_sq=trace_sq if whole else None,
-            effective_rank=rank,
-            density=_density(runs),
+            effective_rank=plus.times(1 / top) if top > 0 else None,
+            density=Density(run.nodes.tolist(), run.weights.tolist(), n=1),
             gHg=Estimate(along[block.name][1], n=1, resolved=math.isfinite(along[block.name][1])),
             rows_stderr=_jackknife(forms if whole else traces[block.name].forms, shares),
         )
     return made
 
 
-def _run(
-    hess: Products,
-    block: Block,
-    settings: Settings,
-    index: int,
-    few: bool = False,
-    bounded: bool = True,
-) -> curvature.Lanczos:
-    """Lanczos until both ends are resolved; ``few``: the dozen steps that another sample of the density needs."""
+def _run(hess: Products, block: Block, settings: Settings, index: int, bounded: bool = True) -> curvature.Lanczos:
+    """Lanczos until both ends are resolved, and a group's until they are bounded."""
     return curvature.spectrum(
         hess,
         block,
         settings.seed,
         index,
-        max_steps=min(settings.max_steps, 12) if few else settings.max_steps,
-        tol=0.5 if few else settings.end_tol,
+        max_steps=settings.max_steps,
+        tol=settings.end_tol,
         failure=settings.failure,
-        bound=BOUND if bounded and not few else math.inf,
+        bound=BOUND if bounded else math.inf,
     )
 
 
@@ -292,26 +276,19 @@ def _along_gradient(
     return found
 
 
-def _trace_plus(runs: Sequence[curvature.Lanczos], trace: Estimate, d: int) -> Estimate:
-    """tr H_+ = tr H + tr H_-: the trace from many vectors, the negative part from the Lanczos runs, between the bounds that
-    their moments set. ``lower`` and ``upper`` take in two standard errors of both."""
-    found = [negative_part(run) for run in runs]
-    negative, low, high = (d * np.array([getattr(f, name) for f in found]) for name in ("value", "lower", "upper"))
-
-    def stderr(values: np.ndarray) -> float:
-        # One start of a million dimensions says nearly what another one does; with a single one its own error is unknown.
-        own = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
-        return math.hypot(trace.stderr or 0.0, own)
-
-    value = max(trace.value + float(negative.mean()), 0.0)
-    lower = max(trace.value + float(low.mean()) - 2 * stderr(low), float(low.mean()) - 2 * stderr(low), 0.0)
-    upper = trace.value + float(high.mean()) + 2 * stderr(high)
+def _trace_plus(run: curvature.Lanczos, trace: Estimate, d: int) -> Estimate:
+    """tr H_+ = tr H + tr H_-: the trace from many vectors, the negative part from the Lanczos run, between the bounds that its
+    moments set. ``lower`` and ``upper`` take in two standard errors of both; that of one start is sqrt(2 tr H_-^2)."""
+    found = negative_part(run)
+    squares = d * float(run.weights @ np.minimum(run.nodes, 0.0) ** 2)
+    stderr = math.hypot(trace.stderr or 0.0, math.sqrt(2 * squares))
+    value = max(trace.value + d * found.value, 0.0)
+    lower = max(trace.value + d * found.lower - 2 * stderr, 0.0)
+    upper = trace.value + d * found.upper + 2 * stderr
     # Four standard errors wide, were it a normal interval: the same third as everywhere.
     resolved = upper - lower <= 4 * value / 3
     note = "" if resolved else "the bulk near zero is finer than the Lanczos nodes"
-    return Estimate(
-        value, stderr(negative), upper=upper, confidence=0.95, n=trace.n, resolved=resolved, note=note, lower=lower
-    )
+    return Estimate(value, stderr, upper=upper, confidence=0.95, n=trace.n, resolved=resolved, note=note, lower=lower)
 
 
 def _jackknife(forms: np.ndarray, shares: np.ndarray) -> float | None:
@@ -321,13 +298,6 @@ def _jackknife(forms: np.ndarray, shares: np.ndarray) -> float | None:
         return None
     left_out = (parts.sum() - parts) / (1 - shares)
     return float(math.sqrt((m - 1) / m * np.sum((left_out - left_out.mean()) ** 2)))
-
-
-def _density(runs: Sequence[curvature.Lanczos]) -> Density:
-    nodes = np.concatenate([r.nodes for r in runs])
-    weights = np.concatenate([r.weights for r in runs]) / len(runs)
-    order = np.argsort(nodes)
-    return Density(nodes[order].tolist(), weights[order].tolist(), n=len(runs))
 
 
 def _finite(

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from hybridtheory.errors import UserError
+from hybridtheory.estimate import Estimate
 from hybridtheory.theory import recommend, stability, step_sizes
 from hybridtheory.theory.step_sizes import Step
 from probes.records import BlockPoint, Interval, Point, Rate, Rates, Recommendation
@@ -94,13 +95,18 @@ def bracket_lower(point: Point, q: int) -> Given:
         return "tr(H_+) was not measured at this point"
     top = upper_end(x)
     top = top if math.isfinite(top) else x.lam_max.value
-    plus, note = x.trace_plus.value, ""
-    if not x.trace_plus.resolved:
-        # A cap from a number that is not resolved would bind for no reason: the least that tr(H_+) can be caps no more than it must.
-        plus = x.trace_plus.lower or 0.0
-        note = f"tr(H_+) is not resolved: the least it can be, {plus:.3g}, is used"
+    plus, note = _plus(x.trace_plus)
     found = _attempt(lambda: stability.stability_bracket(max(plus, top), top, 0.0, q).lower)
     return found if isinstance(found, str) else replace(found, note=note)
+
+
+def _plus(trace: Estimate) -> tuple[float, str]:
+    """tr(H_+) as a rule that caps takes it. A cap from a number that is not resolved would bind for no reason: the least that it can
+    be caps no more than it must."""
+    if trace.resolved:
+        return trace.value, ""
+    least = trace.lower or 0.0
+    return least, f"tr(H_+) is not resolved: the least it can be, {least:.3g}, is used"
 
 
 def _rule(
@@ -161,11 +167,14 @@ def _noise_limited(x: BlockPoint, L: float, loss: float, steps: int, batch_size:
         return "the minibatch noise was not measured: it needs at least two micro-batches"
     if zeroth and x.trace_plus is None:
         return "tr(H_+) was not measured at this point"
-    r = x.trace_plus.value / L if zeroth and x.trace_plus is not None else None
+    plus, caution = _plus(x.trace_plus) if zeroth and x.trace_plus is not None else (0.0, "")
+    r = max(plus / L, 1.0) if zeroth else None
     step = _attempt(step_sizes.noise_limited, loss, steps, L, x.noise.value / batch_size, r, q)
     if isinstance(step, str):
         return step
-    note = f"Delta is the loss at the start, {loss:.4g}: an upper bound of f(w_0) - f*"
+    note = f"Delta is the loss at the start, {loss:.4g}: an upper bound of f(w_0) - f*" + (
+        f"; {caution}" if caution else ""
+    )
     interval = None
     if x.noise.stderr is not None and x.noise.value > 0:
         spread = 2 * x.noise.stderr / x.noise.value
