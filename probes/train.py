@@ -28,7 +28,7 @@ from probes.records import Epoch, Evaluation, Outcome, Record, Step, Warning
 from probes.setup import Probe, header
 from probes.tasks import Task
 from probes.train_settings import TrainSettings
-from probes.train_setup import dropping, equivalents, evaluation_rows, optimizer_of, overlap, rehearse, schedule
+from probes.train_setup import dropping, equivalents, evaluation_rows, optimizer_of, overlap, schedule
 
 Emit = Callable[[Record], None]
 Progress = Callable[[str, float], None]
@@ -191,7 +191,6 @@ def run(
     optimizer = optimizer_of(task, settings, setup)
     job = Run(task, settings, optimizer, schedule(optimizer, settings), emit, folder, rows, split, stop, progress)
     with dropping(task.model, settings.dropout):
-        rehearse(task, optimizer)
         resumed = job.restore()
         if not resumed:
             job.evaluate(0)

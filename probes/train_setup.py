@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,12 +12,8 @@ from torch import nn
 
 from hybridtheory.errors import UserError
 from hybridtheory.estimators.catalogue import parse
-from hybridtheory.estimators.gaussian import Gaussian
-from hybridtheory.estimators.streams import Key
-from hybridtheory.optimizers import METHODS, ZeroOrder, build
+from hybridtheory.optimizers import ZeroOrder, build
 from probes.encoding import Row
-from probes.evaluation import batch_of
-from probes.models import seeded
 from probes.setup import Probe
 from probes.sources import load_source
 from probes.splits import Splits, encode, order
@@ -33,11 +28,6 @@ def equivalents(counts: dict[str, int]) -> int:
 
 def optimizer_of(task: Task, settings: TrainSettings, setup: Probe[TrainSettings]) -> ZeroOrder:
     """The method's optimizer on the task's blocks."""
-    unknown = sorted(set(settings.options) - _options_of(settings.method))
-    if unknown:
-        raise UserError(
-            f"{settings.method} has no option {unknown[0]!r}: choose from {', '.join(sorted(_options_of(settings.method)))}"
-        )
     blocks = {b.group: b for b in setup.groups}
     law = parse(settings.law) if settings.law is not None else None
     try:
@@ -47,27 +37,6 @@ def optimizer_of(task: Task, settings: TrainSettings, setup: Probe[TrainSettings
         )  # fmt: skip
     except TypeError as error:
         raise UserError(f"{settings.method} cannot be made with these options ({error}): see --option") from None
-
-
-def _options_of(method: str) -> set[str]:
-    """What --option may set: the arguments of the method's optimizer that no option of its own sets."""
-    made: Any = METHODS[method].optimizer
-    classes = [c for c in made.__mro__ if issubclass(c, ZeroOrder)] if isinstance(made, type) else [made]
-    found = {p for c in classes for p in inspect.signature(c).parameters} | {"difference"}
-    found |= {"lora-plus": {"ratio"}, "galore": {"rank"}}.get(method, set())
-    return found - {"groups", "model", "seed", "lr", "master", "options", "defaults"}
-
-
-def rehearse(task: Task, optimizer: ZeroOrder) -> None:
-    """One perturbed evaluation, whose value is thrown away.
-
-    The first evaluation of a `Perturbation` watches which weights the model reads, and gets its number on another path, equal up to
-    rounding. Made before the first step of every run, it lets a resumed run, whose first evaluation comes later, repeat to the bit.
-    """
-    batch = batch_of(task, task.rows[:1], False)
-    with torch.no_grad(), seeded(0):
-        for unit in optimizer.units:
-            unit.plan.value(lambda: task.objective.forward(task.model, batch).sum(), Gaussian(), Key(0, 0, 0), 0.0)
 
 
 def schedule(optimizer: ZeroOrder, settings: TrainSettings) -> torch.optim.lr_scheduler.LRScheduler | None:

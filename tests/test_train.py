@@ -64,7 +64,7 @@ def said(records: list[R.Record]) -> list[str]:
 
 
 # Stateful in every way there is: a scheduler, dense moments, several copies of the adapter, a law with thresholds, dropout, i.i.d. rows;
-# low-rank directions, whose first evaluation in a process takes another path than the later ones.
+# low-rank directions, which are applied to inputs and not to weights where that is cheaper.
 RESUMED = {
     "hybrid": {"dropout": 0.2, "schedule": "linear", "weight_decay": 0.1},
     "hybrid-adamw": {"accumulate": 2},
@@ -482,7 +482,7 @@ def test_options_of_a_method(load):
     }  # fmt: skip
     with pytest.raises(UserError, match="--option is name=value"):
         options(["penalty"])
-    with pytest.raises(UserError, match=r"bilevel cannot be made with these options .*penalty"):
+    with pytest.raises(UserError, match="bilevel needs a value for its options penalty, inner_lr"):
         go(load(), settings("bilevel"))
     with pytest.raises(UserError, match="mezo has no option 'nonesuch': choose from"):
         go(load(), settings("mezo", options={"nonesuch": 1}))

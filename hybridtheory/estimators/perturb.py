@@ -217,9 +217,7 @@ class Perturbation:
             for module, site in self._sites.items():
                 swaps = [(a, n) for a, n in site if n in covered]
                 if swaps:
-                    # the observer must not see the weight that stays in place
-                    low = factored if observer is None else None
-                    undo.append(substitute(module, swaps, copy_of, parameters, low, scale))
+                    undo.append(substitute(module, swaps, copy_of, parameters, factored, scale, observer))
             if observer is None:
                 yield
             else:

@@ -20,6 +20,7 @@ def substitute(
     parameters: dict[str, nn.Parameter],
     factored: Factored | None,
     scale: float,
+    observer: Observer | None = None,
 ) -> Callable[[], None]:
     """Give the module a forward that runs on the copies; returns what takes it away again.
 
@@ -38,9 +39,16 @@ def substitute(
                 if low is None or name != weight:
                     # nn.Module's own setter refuses a plain tensor here, its attribute lookup does not
                     held[attribute] = copy_of(name)
+                elif observer is not None and torch.is_grad_enabled():
+                    # the backward pass reads what stands here too, and the observer cannot know for whom
+                    held[attribute] = observer.unseen(lambda n, p: p.clone(), name, parameters[name])
+            if observer is not None:
+                observer.granted = weight if low is not None else None
             out = forward(*args, **kwargs)
             return out if low is None else _add(out, args[0], low, scale, module)
         finally:
+            if observer is not None:
+                observer.granted = None
             for attribute, name in swaps:
                 held[attribute] = parameters[name]
 
@@ -93,6 +101,7 @@ class Observer(TorchDispatchMode):
         self.uses: dict[str, int] = {}
         self.forwards = 0
         self.muted = False
+        self.granted: str | None = None  # a weight that its own module may read as it is
 
     def count(self) -> None:
         self.forwards += 1
@@ -109,5 +118,6 @@ class Observer(TorchDispatchMode):
         if not self.muted:
             for leaf in tree_leaves((args, kwargs)):
                 if isinstance(leaf, Tensor) and not leaf._is_zerotensor():  # forward mode's zeros own no storage
-                    self.raw.update(self.names.get(leaf.untyped_storage().data_ptr(), ()))
+                    names = self.names.get(leaf.untyped_storage().data_ptr(), ())
+                    self.raw.update(n for n in names if n != self.granted)
         return func(*args, **(kwargs or {}))

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hybridtheory.errors import UserError
 from hybridtheory.estimators.law import Kept, Law
 from hybridtheory.estimators.streams import Key, normal
 from hybridtheory.estimators.zo_gradient import ZOGradient
@@ -47,6 +48,8 @@ class AdaMU(ZeroOrder):
     accumulates = False  # m is the direction of one step
 
     def __init__(self, *args: Any, alpha: float = 0.5, beta1: float = 0.9, beta2: float = 0.01, **options: Any) -> None:
+        if options.get("q", 1) != 1:
+            raise UserError(f"ZO-AdaMU moves along one direction a step: q must be 1, got {options['q']}")
         own = {"alpha": alpha, "beta1": beta1, "beta2": beta2, "law": Momentous(), "q": 1}
         super().__init__(*args, **{**options, **own})
         self.named_state["m"] = {

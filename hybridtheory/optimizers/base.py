@@ -15,7 +15,8 @@ difference are perturbed together, by one direction. Block and law are code, not
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
@@ -28,7 +29,7 @@ from hybridtheory.errors import UserError
 from hybridtheory.estimators.streams import Key, generator
 from hybridtheory.estimators.zo_gradient import ZOGradient, evaluate
 from hybridtheory.optimizers.checkpoint import check, pack, unpack
-from hybridtheory.optimizers.groups import DEFAULTS, Unit, complete, units
+from hybridtheory.optimizers.groups import DEFAULTS, ZO_DEFAULTS, Unit, complete, units
 
 Closure = Callable[..., Tensor]
 
@@ -59,6 +60,7 @@ class ZeroOrder(torch.optim.Optimizer):
         keep: bool = False,
         **defaults: Any,
     ) -> None:
+        refuse_unknown(type(self).__name__, defaults, self.options())
         listed = [groups] if isinstance(groups, Block) else list(groups)
         full = [complete(g, {**DEFAULTS, "lr": lr, **defaults}) for g in listed]
         super().__init__(full, {})
@@ -88,6 +90,13 @@ class ZeroOrder(torch.optim.Optimizer):
                 for n, p in u.plan.block.parameters.items()
                 if p.dtype != torch.float32
             }
+
+    @classmethod
+    def options(cls) -> set[str]:
+        """The keyword arguments that this class takes, what they set in its groups included."""
+        classes = [c for c in cls.__mro__ if issubclass(c, ZeroOrder)]
+        parameters = [p for c in classes for p in inspect.signature(c).parameters.values()]
+        return {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} | {*DEFAULTS, *ZO_DEFAULTS}
 
     @property
     def named_state(self) -> dict[Any, Any]:
@@ -120,7 +129,7 @@ class ZeroOrder(torch.optim.Optimizer):
         return {k: self.run[k] for k in ("forwards", "backwards")}
 
     def cost(self) -> dict[str, int]:
-        """Forward and backward passes of one step (the first step may take a few more, to find out what this model allows)."""
+        """Forward and backward passes of one step. What the first one takes more, to find out what this model allows, is not counted."""
         forwards = 0
         for unit in self.units:
             group = self.param_groups[unit.indices[0]]
@@ -171,7 +180,17 @@ class ZeroOrder(torch.optim.Optimizer):
             "law": group["law"], "mu": group["mu"], "difference": group["difference"], "keep": self.keep, "realised": self._realised,
             **options,
         }  # fmt: skip
-        return evaluate(lambda: self._loss(closure), unit.plan, keys=keys, at_w=at_w, **settings)
+        before, calls = self.run["forwards"], 0
+
+        def f() -> Tensor:
+            nonlocal calls
+            calls += 1
+            return self._loss(closure)
+
+        zo = evaluate(f, unit.plan, keys=keys, at_w=at_w, **settings)
+        # An evaluation that only found out which weights the model reads elsewhere is no cost of the method, and a resumed run repeats it.
+        self.run["forwards"] = before + (self.run["forwards"] - before) * zo.evaluations // calls
+        return zo
 
     # ---- updates ----
 
@@ -248,9 +267,9 @@ class ZeroOrder(torch.optim.Optimizer):
             raise UserError(f"{type(self).__name__} has no lower level: call step(closure)")
         if closure is None:
             raise UserError(
-                f"{type(self).__name__} drives its own evaluations: call step(closure), where closure() returns "
-                f"the loss of the current "
-                "minibatch and closure(backward=True) also calls backward() on it"
+                f"{type(self).__name__} drives its own evaluations: call step(closure), where closure() returns the loss of the "
+                "current minibatch and closure(backward=True) also calls backward() on it; with transformers, "
+                "probes.integrations.HybridTrainer in place of Trainer does so"
             )
         loss, zos = self._measure(closure)
         if self._pending:
@@ -288,6 +307,13 @@ class ZeroOrder(torch.optim.Optimizer):
         unpack(self.param_groups, code)
         self.run.pop("method")
         self.seed = self.run.pop("seed")
+
+
+def refuse_unknown(name: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """A misspelt option must not be a silent default."""
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise UserError(f"{name} has no option {unknown[0]!r}: choose from {', '.join(sorted(known))}")
 
 
 def _loss_of(zos: Sequence[ZOGradient]) -> float:

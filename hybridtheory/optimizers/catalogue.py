@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +14,11 @@ from hybridtheory.errors import UserError
 from hybridtheory.estimators import LOZO, SRGF, Law, MagnitudeMask, SubZero, TeZO
 from hybridtheory.optimizers.adam import Adam
 from hybridtheory.optimizers.adamu import AdaMU
-from hybridtheory.optimizers.base import ZeroOrder
+from hybridtheory.optimizers.base import ZeroOrder, refuse_unknown
 from hybridtheory.optimizers.bilevel import BilevelZOFO
 from hybridtheory.optimizers.conservative import Conservative
 from hybridtheory.optimizers.first_order import galore, lora_plus
+from hybridtheory.optimizers.groups import ZO_DEFAULTS
 from hybridtheory.optimizers.hizoo import HiZOO
 from hybridtheory.optimizers.hybrid import Hybrid
 from hybridtheory.optimizers.mezo import MeZO
@@ -30,7 +32,7 @@ class Method:
     kind     "zo", "fo" or "hybrid"
     """
 
-    optimizer: Callable[..., ZeroOrder]
+    optimizer: type[ZeroOrder]
     kind: str
     blocks: str
     law: Callable[[list[Block]], Law] | None = None
@@ -69,6 +71,18 @@ METHODS: dict[str, Method] = {
 }
 
 
+# Arguments of the functions that cut a block into groups, and their defaults.
+_GROUPING: dict[str, dict[str, Any]] = {"lora-plus": {"ratio": 16.0}, "galore": {"rank": 128}}
+OWN_DIRECTIONS = (HiZOO, AdaMU)
+
+
+def options_of(name: str) -> set[str]:
+    """The options that `build` takes for a method, beside blocks, rates, seed and law."""
+    method = METHODS[name]
+    settings = {*ZO_DEFAULTS} if method.kind == "fo" else set()
+    return method.optimizer.options() - {"kind", "lr", "law"} - settings | {*_GROUPING.get(name, {})}
+
+
 def build(
     name: str,
     model: nn.Module,
@@ -78,16 +92,26 @@ def build(
     lr_base: float | None = None,
     lr_peft: float | None = None,
     seed: int = 0,
-    ratio: float = 16.0,
-    rank: int = 128,
     law: Law | None = None,
     **options: Any,
 ) -> ZeroOrder:
-    """The method ``name`` on these blocks. ``law`` replaces the method's own; ``ratio`` is LoRA+'s and ``rank``
-    GaLore's; other options go to the optimizer."""
+    """The method ``name`` on these blocks. ``law`` replaces the method's own; the other options are `options_of` it.
+
+    Raises UserError for an unknown method or option, a missing block, rate or required option.
+    """
     if name not in METHODS:
         raise UserError(f"there is no method {name!r}: choose from {', '.join(METHODS)}")
     method = METHODS[name]
+    refuse_unknown(name, options, options_of(name))
+    arguments = inspect.signature(method.optimizer).parameters.values()
+    missing = [p.name for p in arguments if p.kind is p.KEYWORD_ONLY and p.default is p.empty and p.name not in options]
+    if missing:
+        raise UserError(
+            f"{name} needs a value for its {'options' if len(missing) > 1 else 'option'} {', '.join(missing)}"
+        )
+    if law is not None and (method.kind == "fo" or method.optimizer in OWN_DIRECTIONS):
+        raise UserError(f"{name} has no choice of directions: leave the law out")
+    grouping = {n: options.pop(n, default) for n, default in _GROUPING.get(name, {}).items()}
     parts = {"base": ("base", base, lr_base), "peft": ("PEFT", peft, lr_peft)}
     wanted = list(parts.values()) if method.blocks == "both" else [parts[method.blocks]]
     groups: list[dict[str, Any]] = []
@@ -99,13 +123,13 @@ def build(
             raise UserError(f"{name} needs a learning rate for the {label} block: pass --lr-{label.lower()}")
         kind = {"zo": "zo", "fo": "fo", "hybrid": "zo" if label == "base" else "fo"}[method.kind]
         if name == "lora-plus":
-            groups += lora_plus(block, lr, ratio)
+            groups += lora_plus(block, lr, **grouping)
             continue
         if name == "galore":
-            groups += galore(block, lr, rank)
+            groups += galore(block, lr, **grouping)
             continue
         groups.append({"block": block, "kind": kind, "lr": lr})
         chosen = law or (method.law([block]) if method.law else None)
-        if kind == "zo" and chosen is not None and method.optimizer not in (HiZOO, AdaMU):
+        if kind == "zo" and chosen is not None:
             groups[-1]["law"] = chosen
     return method.optimizer(groups, model, seed, **{**dict(method.options), **options})

@@ -15,7 +15,7 @@ from hybridtheory.estimators.law import Law, merged
 from hybridtheory.estimators.perturb import Perturbation
 
 DEFAULTS: dict[str, Any] = {"kind": "zo", "lr": None, "weight_decay": 0.0}
-_ZO_DEFAULTS: dict[str, Any] = {"law": Gaussian(), "mu": 1e-3, "q": 1, "difference": "central"}
+ZO_DEFAULTS: dict[str, Any] = {"law": Gaussian(), "mu": 1e-3, "q": 1, "difference": "central"}
 
 
 @dataclass
@@ -34,7 +34,7 @@ def complete(group: Block | Mapping[str, Any], defaults: Mapping[str, Any]) -> d
     kind = given.get("kind", defaults["kind"])
     if kind not in ("zo", "fo"):
         raise UserError(f"kind must be 'zo' or 'fo', got {kind!r} for block {block.name!r}")
-    full = {**(_ZO_DEFAULTS if kind == "zo" else {}), **defaults, **given, "params": block.tensors}
+    full = {**(ZO_DEFAULTS if kind == "zo" else {}), **defaults, **given, "params": block.tensors}
     if full["lr"] is None or not full["lr"] >= 0:
         raise UserError(f"block {block.name!r} needs a learning rate >= 0, got {full['lr']}")
     if kind == "zo" and not full["q"] >= 1:

@@ -28,6 +28,10 @@ class HiZOO(ZeroOrder):
     def __init__(self, *args: Any, smoothing: float = 1e-6, **options: Any) -> None:
         if not 0 <= smoothing < 1:
             raise UserError(f"HiZOO's smoothing must be in [0, 1), got {smoothing:g}")
+        if options.get("difference", "central") != "central":
+            raise UserError(
+                f"HiZOO reads curvature off both sides of a difference: it must be central, got {options['difference']!r}"
+            )
         super().__init__(*args, **{**options, "law": Preconditioned(), "difference": "central"})
         self.smoothing = smoothing
         self.named_state["h"] = {
