@@ -69,6 +69,8 @@ class Run:
         counts = {k: int(info.pop(k)) for k in ("forwards", "backwards")}
         extra = {k: float(v) for k, v in info.items() if isinstance(v, int | float)}
         now = time.perf_counter()
+        if self.settings.seconds is not None:
+            self.optimizer.run["seconds"] = self.spent + now - self.clock
         self.emit(Step(step + 1, loss, lr, slopes, **counts, tokens=self.tokens, extra=extra, seconds=now - self.clock))
         made, every = step + 1, self.settings.eval_every
         self.why = "budget" if self.budget_spent() else "interrupted" if self.stop() else ""
@@ -92,6 +94,11 @@ class Run:
         return int(self.optimizer.run.get("tokens", 0))
 
     @property
+    def spent(self) -> float:
+        """Seconds of the steps so far; counted only where they are the budget."""
+        return float(self.optimizer.run.get("seconds", 0.0))
+
+    @property
     def equivalents(self) -> int:
         return equivalents(self.optimizer.counts)
 
@@ -109,11 +116,14 @@ class Run:
         }
 
     def budget_spent(self) -> bool:
-        return self.settings.budget is not None and self.equivalents >= self.settings.budget
+        s = self.settings
+        ends = ((s.budget, self.equivalents), (s.tokens, self.tokens), (s.seconds, self.spent))
+        return any(end is not None and spent >= end for end, spent in ends)
 
     def share(self, made: int) -> float:
         s = self.settings
-        return max(made / s.steps if s.steps else 0.0, self.equivalents / s.budget if s.budget else 0.0)
+        ends = ((s.steps, made), (s.budget, self.equivalents), (s.tokens, self.tokens), (s.seconds, self.spent))
+        return max(spent / end for end, spent in ends if end is not None)
 
     def collate(self, rows: list[Row]) -> dict[str, Tensor]:
         batch = batch_of(self.task, rows, self.settings.objective != "loss")
@@ -186,7 +196,8 @@ def run(
     setup = Probe.of(task, settings)
     emit(header(setup, "train", origin or {}))
     rows, split, final, final_split = evaluation_rows(task, settings)
-    for note in (*task.notes, *notes, *overlap(task.rows, final)):
+    both = [] if final_split == "train" else overlap(task.rows, final)
+    for note in (*task.notes, *notes, *both):
         emit(Warning(note))
     optimizer = optimizer_of(task, settings, setup)
     job = Run(task, settings, optimizer, schedule(optimizer, settings), emit, folder, rows, split, stop, progress)

@@ -19,10 +19,12 @@ class TrainSettings:
 
     method        a name of `hybridtheory.optimizers.METHODS`; ``options`` go to its optimizer.
     steps, budget the run ends at whichever comes first; budget in forward-equivalents (forward 1, backward 2).
+    tokens, seconds  ends too: of the minibatches, once each; of the steps, evaluations not counted.
     accumulate    minibatches averaged in one step; micro_batch: rows of one forward pass, which changes memory alone.
     objective     "loss", or "accuracy" or "f1" of the minibatch for zeroth-order methods.
     master        a float32 copy of bf16 and fp16 weights takes the updates.
-    eval_every    steps between evaluations on ``eval_rows`` fixed rows (0: only before and after); ``eval_data``: another task's.
+    eval_every    steps between evaluations on ``eval_rows`` fixed rows (0: only before and after); ``eval_data``: another task's, or
+                  "train" for the rows that are trained on.
     final_rows    rows of the last evaluation, None for all.
     checkpoint_every  steps between checkpoints.
     """
@@ -51,6 +53,8 @@ class TrainSettings:
     eval_data: str | None = None
     final_rows: int | None = None
     checkpoint_every: int = 100
+    tokens: int | None = None
+    seconds: float | None = None
 
     # what `probes.setup` asks of every probe
     @property
@@ -70,14 +74,18 @@ class TrainSettings:
             raise UserError(f"there is no method {self.method!r}: choose from {', '.join(METHODS)}")
         method = METHODS[self.method]
         for name, least in (
-            ("steps", 1), ("budget", 1), ("batch", 1), ("q", 1), ("accumulate", 1), ("micro_batch", 1), ("eval_every", 0),
+            ("steps", 1), ("budget", 1), ("tokens", 1), ("batch", 1), ("q", 1), ("accumulate", 1), ("micro_batch", 1), ("eval_every", 0),
             ("eval_rows", 1), ("final_rows", 1), ("checkpoint_every", 1),
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UserError(f"--{name.replace('_', '-')} is a whole number of at least {least}, not {value}")
-        if self.steps is None and self.budget is None:
+        if all(end is None for end in (self.steps, self.budget, self.tokens, self.seconds)):
             raise UserError("a run needs an end: give --steps or --budget")
+        if self.seconds is not None and not 0 < self.seconds < math.inf:
+            raise UserError(f"the seconds of a run are a positive number, not {self.seconds}")
+        if self.schedule == "linear" and self.steps is None and self.budget is None:
+            raise UserError("a linear schedule needs to know the last step: give --steps or --budget")
         if not 0 <= self.dropout < 1:
             raise UserError(f"--dropout is a probability below 1, not {self.dropout}")
         if not (0 < self.mu < math.inf and 0 <= self.weight_decay < math.inf):

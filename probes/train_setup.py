@@ -54,7 +54,9 @@ def evaluation_rows(task: Task, settings: TrainSettings) -> tuple[list[Row], str
 
     Which rows are shown during a run does not depend on its seed, so that runs can be compared.
     """
-    if settings.eval_data is not None:
+    if settings.eval_data == "train":
+        splits, names = (task.rows, task.rows), ("train", "train")
+    elif settings.eval_data is not None:
         source, encoder = load_source(settings.eval_data), task.splits.encoder  # type: ignore[attr-defined]
         if len(source.splits) == 1 and not source.running:
             # A set without a split of its own for testing is here to be tested on: all of it.

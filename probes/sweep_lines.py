@@ -1,0 +1,229 @@
+"""The lines of a sweep as far as they were run: scores, optimum, boundary, and which cells come next.
+
+Everything is a pure function of the study and of the finished cells, so a resumed sweep asks for what an uninterrupted one would have
+asked for. No model here: reports and figures read lines where torch is not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from hybridtheory.optimum import Optimum, boundary, clipped, optimum
+from probes.chosen_rates import MEASURED, moved
+from probes.records_sweep import Cell
+from probes.sweep_grid import Score, best_of, canonical, edge, ends, wanted
+from probes.sweep_study import Line, Study
+
+ENDED = ("finished", "budget")
+
+
+@dataclass(frozen=True)
+class Place:
+    """A point of a line: the rates of its cells, and the cells by seed as far as they were run."""
+
+    place: float
+    lr_base: float | None
+    lr_peft: float | None
+    cells: dict[int, Cell]
+
+    @property
+    def diverged(self) -> bool:
+        return any(c.status not in ENDED for c in self.cells.values())
+
+    @property
+    def final(self) -> float:
+        """Mean over seeds; not finite where one diverged."""
+        return float(np.mean([c.final for c in self.cells.values()]))
+
+
+@dataclass
+class State:
+    """A line with what was run of it. around: (B, P, c), the rates and the scale that a joint line goes around."""
+
+    line: Line
+    cells: dict[float, dict[int, Cell]]  # by place and seed
+    extra: tuple[float, ...] = ()
+    around: tuple[float, float, float] | None = None
+
+    def rates(self, place: float) -> tuple[float | None, float | None]:
+        """(lr_base, lr_peft) at a place; None for a block that the method does not move."""
+        axis, groups = self.line.axis, moved(self.line.method)
+        if axis in ("base", "peft"):
+            base, peft = (place, 0.0) if axis == "base" else (0.0, place)
+        elif axis in ("fixed", "predicted"):
+            base, peft = (self.line.rates.get(g, 0.0) for g in ("base", "peft"))
+        else:
+            assert self.around is not None
+            b, p, c = self.around
+            spread = math.sqrt(place) if axis == "ratio" else 1.0
+            scale = place if axis == "scale" else c
+            base, peft = canonical(scale * b / spread), canonical(scale * p * spread)
+        return base if "base" in groups else None, peft if "peft" in groups else None
+
+    @cached_property
+    def start(self) -> float:
+        """Mean loss before the first step; infinite while no cell was run."""
+        found = [c.start for by in self.cells.values() for c in by.values()]
+        return float(np.mean(found)) if found else math.inf
+
+    @cached_property
+    def whole(self) -> list[Place]:
+        """Places at which every seed was run, in increasing order."""
+        full = [(p, by) for p, by in sorted(self.cells.items()) if all(s in by for s in self.line.seeds)]
+        return [Place(p, *self.rates(p), {s: by[s] for s in self.line.seeds}) for p, by in full]
+
+    @cached_property
+    def known(self) -> dict[float, Score]:
+        if not self.whole:
+            return {}
+        losses = clipped(self.finals, self.start).mean(axis=0)
+        return {p.place: Score(float(loss), p.diverged) for p, loss in zip(self.whole, losses)}
+
+    @property
+    def finals(self) -> np.ndarray:
+        """(seeds, places): losses at the end."""
+        return np.array([[c.final for c in p.cells.values()] for p in self.whole]).T
+
+    def next_places(self) -> list[float]:
+        """Places that are needed now; those of a round that was begun come first. Empty: the line is done."""
+        begun = [p for p in sorted(self.cells) if any(s not in self.cells[p] for s in self.line.seeds)]
+        if self.line.grid is None:
+            return [] if 1.0 in {p.place for p in self.whole} else [1.0]
+        asked = wanted(self.line.grid, self.known, self.start, self.extra)
+        return [*begun, *(p for p in asked if p not in begun)]
+
+    @property
+    def done(self) -> bool:
+        return bool(self.cells) and not self.next_places()
+
+    @cached_property
+    def optimum(self) -> Optimum | None:
+        """None while fewer than 3 places are whole, and on lines without a grid."""
+        if self.line.grid is None or len(self.whole) < 3:
+            return None
+        return optimum([p.place for p in self.whole], self.finals, self.start)
+
+    @property
+    def best(self) -> Place | None:
+        """The place of the least mean loss."""
+        known = self.known
+        return next((p for p in self.whole if p.place == best_of(known)), None) if known else None
+
+    @property
+    def boundary(self) -> tuple[float | None, float | None]:
+        return boundary([p.place for p in self.whole], [p.diverged for p in self.whole])
+
+    @property
+    def at_edge(self) -> str:
+        """A sentence where the best place lies on the edge of a grid that may not be extended any more."""
+        grid, known = self.line.grid, self.known
+        if grid is None or not known or not self.done:
+            return ""
+        side = edge(known, self.start)
+        if not side:
+            return ""
+        low, high = ends(grid, known)
+        made = grid.first[0] - low if side == "lowest" else high - grid.first[-1]
+        return f"the best place is the {side} of the grid, after {made} of at most {grid.extensions} extensions on that side"
+
+
+@dataclass
+class Lines:
+    """All lines of a study with their cells. predicted: by (task, horizon, amount), the entry of the rule that is scored."""
+
+    study: Study
+    cells: Iterable[Cell]
+    entries: tuple[Mapping[str, Any], ...] = ()
+    _by: dict[tuple[Any, ...], dict[float, dict[int, Cell]]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._by = {}
+        for c in self.cells:
+            line = self._by.setdefault((c.task, c.method, c.axis, c.horizon, c.amount), {})
+            line.setdefault(c.place, {})[c.seed] = c
+
+    def state(self, line: Line) -> State | None:
+        """None where the line must wait for others: a joint line for the optima that it goes around."""
+        around = None
+        if line.axis in ("scale", "ratio"):
+            around = self._around(line)
+            if around is None:
+                return None
+        return State(line, self._by.get(line.key, {}), self._extra(line, around), around)
+
+    def states(self) -> list[State]:
+        """Of every line that was begun."""
+        found = [self.state(line) for line in self.all_lines()]
+        return [s for s in found if s is not None and s.cells]
+
+    def all_lines(self) -> list[Line]:
+        """The study's lines, and one with both predicted rates for every method that a prediction is of."""
+        more = []
+        for line in self.study.lines:
+            entry = self.scored(line)
+            if entry is None or line.axis != "scale":
+                continue
+            rates = {g: entry[g]["value"] for g in ("base", "peft") if entry.get(g) and entry[g]["value"]}
+            if len(rates) == 2:
+                rates = {g: canonical(r) for g, r in rates.items()}
+                more.append(
+                    Line(
+                        line.task,
+                        line.method,
+                        "predicted",
+                        line.horizon,
+                        line.amount,
+                        line.seeds,
+                        line.train,
+                        None,
+                        rates,
+                    )
+                )
+        return [*self.study.lines, *more]
+
+    def predictions(self, line: Line) -> list[Mapping[str, Any]]:
+        """Entries about this line's task and horizon, for methods whose steps the rules are about."""
+        groups = moved(line.method)
+        if not all(line.method in MEASURED[g] for g in groups):
+            return []
+        steps = line.amount if line.horizon == "steps" else None
+        return [e for e in self.entries if e["task"] == line.task and e.get("steps") in (None, steps)]
+
+    def scored(self, line: Line) -> Mapping[str, Any] | None:
+        """The prediction that is held to account."""
+        return next((e for e in self.predictions(line) if e["scored"]), None)
+
+    def predicted(
+        self, line: Line, entry: Mapping[str, Any], around: tuple[float, float, float] | None
+    ) -> tuple[float, Any] | None:
+        """(place, interval) of an entry on this line."""
+        found = entry.get({"base": "base", "peft": "peft", "ratio": "ratio"}.get(line.axis, ""))
+        if not found or not found["value"]:
+            return None
+        unit = around[1] / around[0] if line.axis == "ratio" and around else 1.0
+        interval = [v / unit for v in found["interval"]] if found.get("interval") else None
+        return found["value"] / unit, interval
+
+    def _extra(self, line: Line, around: tuple[float, float, float] | None) -> tuple[float, ...]:
+        entry = self.scored(line)
+        found = self.predicted(line, entry, around) if entry is not None and line.grid is not None else None
+        return (canonical(found[0]),) if found else ()
+
+    def _around(self, line: Line) -> tuple[float, float, float] | None:
+        found = []
+        for axis in ("base", "peft", *(["scale"] if line.axis == "ratio" else [])):
+            other = next(
+                x for x in self.study.lines if x.key == (line.task, line.method, axis, line.horizon, line.amount)
+            )
+            state = self.state(other)
+            if state is None or not state.done or state.optimum is None:
+                return None
+            # Where no optimum is identified its best rate stands in: a joint sweep around it is as good as any.
+            found.append(canonical(state.optimum.rate if state.optimum.identified else state.optimum.best))
+        return found[0], found[1], found[2] if len(found) > 2 else 1.0
