@@ -194,7 +194,8 @@ class Sweep:
                 raise
             listed = " or ".join(map(str, running.values())) or "none"
             raise UserError(
-                f"a worker died while it ran cell {listed}: out of memory? Finished cells are kept; lower --n-jobs or micro_batch and --resume"
+                f"a worker died while it ran cell {listed}; finished cells are kept. Where memory was short, lower --n-jobs or "
+                f"train.micro_batch; then --resume"
             ) from None
         return not missed and not self._over()
 

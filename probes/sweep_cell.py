@@ -167,13 +167,7 @@ def _run(work: Work) -> Cell:
         folder = Path(work.folder) / work.id
         until = work.until or math.inf
         with rundir.RunFolder(folder, (folder / rundir.RECORDS).exists()) as run:
-            outcome = train.run(
-                found.task,
-                settings,
-                lambda record: None if run.append(record) else None,
-                folder,
-                stop=lambda: time.time() >= until,
-            )
+            outcome = train.run(found.task, settings, run.append, folder, stop=lambda: time.time() >= until)
         records = rundir.load(folder)
     ended = outcome.status in ("finished", "budget")
     scored = [r for r in records if isinstance(r, Evaluation)]

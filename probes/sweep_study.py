@@ -98,6 +98,16 @@ class Study:
         return found
 
 
+def from_options(options: Mapping[str, Any]) -> Study:
+    """The study that a header's options are of."""
+    sources = tuple(Source(**s) for s in options["sources"])
+    lines = tuple(
+        Line(**{**line, "seeds": tuple(line["seeds"]), "grid": Grid(**line["grid"]) if line["grid"] else None})
+        for line in options["lines"]
+    )
+    return Study(sources, lines, options["threads"], None, options["target"])
+
+
 def read(path: Path | None, changes: Sequence[str] = ()) -> Study:
     """The study that a TOML file describes (None: the small one on the embedded task), with ``changes`` KEY=VALUE on top."""
     path = Path(__file__).with_name("data") / "sweep.toml" if path is None else path

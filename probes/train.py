@@ -30,7 +30,7 @@ from probes.tasks import Task
 from probes.train_settings import TrainSettings
 from probes.train_setup import dropping, equivalents, evaluation_rows, optimizer_of, overlap, schedule
 
-Emit = Callable[[Record], None]
+Emit = Callable[[Record], object]
 Progress = Callable[[str, float], None]
 
 
