@@ -63,6 +63,7 @@ real-data: $(VENV)/.core  ## SmolLM2-135M, MiniLM and the validation sets that o
 bench: $(VENV)/.core  ## speed and memory beside the public tools, which get an environment of their own
 	$(BIN)/python benchmarks/curvature.py
 	$(BIN)/python benchmarks/step_speed.py
+	$(BIN)/python benchmarks/hybrid_cost.py
 
 clean:  ## remove the environment, caches and runs
 	rm -rf $(VENV) .venv-* build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis runs

@@ -92,7 +92,9 @@ def quartiles(values: list[float]) -> Interval:
     return low, high
 
 
-def interleaved(works: dict[str, Work], rounds: int, device: torch.device) -> dict[str, list[float]]:
+def interleaved(
+    works: dict[str, Work], rounds: int, device: torch.device, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
     """Seconds of each work in each round; who goes first changes from round to round."""
     names = list(works)
     found: dict[str, list[float]] = {name: [] for name in works}
@@ -102,10 +104,10 @@ def interleaved(works: dict[str, Work], rounds: int, device: torch.device) -> di
         turn = r % len(names)
         for name in names[turn:] + names[:turn]:
             _settled(device)
-            start = time.perf_counter()
+            start = clock()
             works[name]()
             _settled(device)
-            found[name].append(time.perf_counter() - start)
+            found[name].append(clock() - start)
     return found
 
 
