@@ -99,6 +99,10 @@ def hybrid_train(
     batch: Annotated[int, option(TRAINING, "Rows of a minibatch.")] = 16,
     accumulate: Annotated[int, option(TRAINING, "Minibatches averaged in a step.")] = 1,
     sampling: Annotated[str, option(TRAINING, "reshuffle: exact epochs; iid: with replacement.")] = "reshuffle",
+    lower_share: Annotated[
+        float,
+        option(TRAINING, "Share of the training rows for the lower level of a bilevel method; 0: all rows in both."),
+    ] = 0.5,
     objective: Annotated[
         str, option(TRAINING, "loss, or accuracy or f1 of the minibatch (zeroth-order methods).")
     ] = "loss",
@@ -127,6 +131,9 @@ def hybrid_train(
     merged: Annotated[
         bool, option(OUTPUT, "Export the whole model although the adapter would do.", "--merged")
     ] = False,
+    keep: Annotated[
+        str, option(OUTPUT, "last, or best: the weights that score best on the dev split (best/ in the run folder).")
+    ] = "last",
     tensorboard: Annotated[bool, option(OUTPUT, "Curves for TensorBoard in the run folder.", "--tensorboard")] = False,
     out: Annotated[Path | None, option(OUTPUT, "Run folder.", show_default="runs/train-MODEL-DATA")] = None,
     resume: Annotated[
@@ -154,7 +161,8 @@ def hybrid_train(
             "mu": mu, "q": q, "law": law, "options": pairs(options or []), "weight_decay": weight_decay, "schedule": schedule,
             "sampling": sampling, "accumulate": accumulate, "micro_batch": micro_batch, "objective": objective, "dropout": dropout,
             "master": master == "fp32", "eval_every": eval_every, "eval_rows": eval_rows, "eval_data": eval_data,
-            "final_rows": final_rows or None, "checkpoint_every": checkpoint_every,
+            "final_rows": final_rows or None, "checkpoint_every": checkpoint_every, "keep": keep,
+            "lower_share": lower_share,
         }  # fmt: skip
         TrainSettings(**settings)  # refuses what is wrong before anything is loaded
         auto = lr == "auto" and chosen_rates.needs_measuring(method, given)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hybridtheory.errors import UserError
 from hybridtheory.optimizers import ZeroOrder
 from hybridtheory.training import train
 from probes import checkpoints
@@ -28,7 +29,7 @@ from probes.records import Epoch, Evaluation, Outcome, Record, Step, Warning
 from probes.setup import Probe, header
 from probes.tasks import Task
 from probes.train_settings import TrainSettings
-from probes.train_setup import dropping, equivalents, evaluation_rows, optimizer_of, overlap, schedule
+from probes.train_setup import dev_rows, dropping, equivalents, evaluation_rows, levels, optimizer_of, overlap, schedule
 
 Emit = Callable[[Record], object]
 Progress = Callable[[str, float], None]
@@ -48,6 +49,7 @@ class Run:
     split: str
     stop: Callable[[], bool]
     progress: Progress
+    dev: list[Row] | None = None  # that choose the best weights, where those are to be kept
     saved: int | None = None  # step of the newest checkpoint
     trusted: bool = False  # has a loss been seen at its weights?
     why: str = ""
@@ -75,7 +77,7 @@ class Run:
         made, every = step + 1, self.settings.eval_every
         self.why = "budget" if self.budget_spent() else "interrupted" if self.stop() else ""
         if every and made % every == 0:
-            self.evaluate(made)
+            self.look(made)
         # A step on the way to divergence is no place to go back to.
         if made % self.settings.checkpoint_every == 0 and good:
             self.save()
@@ -140,6 +142,33 @@ class Run:
         self.emit(found)
         return found
 
+    def look(self, step: int) -> None:
+        """An evaluation during the run; the weights are kept where they are the best so far."""
+        found = self.evaluate(step)
+        if self.dev is None:
+            return
+        if self.split != "dev":  # other rows are shown during the run: these are scored besides
+            found = self.evaluate(step, self.dev, "dev")
+        score = {"loss": found.loss, "accuracy": -(found.accuracy or 0.0), "f1": -(found.f1 or 0.0)}[
+            self.settings.objective
+        ]
+        if score < self.optimizer.run.get("best", math.inf):
+            self.optimizer.run.update({"best": score, "best_step": step})
+            assert self.folder is not None
+            checkpoints.save(self.folder / "best", step, self.blocks, {}, self.identity)
+            checkpoints.keep(self.folder / "best", step)
+
+    def choose(self) -> int | None:
+        """Put the best weights in place of the last; their step, None where the last are kept as they are."""
+        if self.dev is None or self.folder is None:
+            return None
+        if not self.settings.eval_every or self.optimizer.steps % self.settings.eval_every:
+            self.look(self.optimizer.steps)
+        step = self.optimizer.run.get("best_step")
+        if step is not None:
+            checkpoints.load(self.folder / "best" / f"step-{step:09d}", self.blocks, self.identity)
+        return step
+
     def save(self) -> None:
         if self.folder is None or self.saved == self.optimizer.steps:
             return
@@ -200,20 +229,34 @@ def run(
     for note in (*task.notes, *notes, *both):
         emit(Warning(note))
     optimizer = optimizer_of(task, settings, setup)
-    job = Run(task, settings, optimizer, schedule(optimizer, settings), emit, folder, rows, split, stop, progress)
+    dev = dev_rows(task, settings) if settings.keep == "best" else None
+    if dev is not None and folder is None:
+        raise UserError("keep='best' writes the best weights to the run folder: give one")
+    upper, lower = levels(task.rows, settings, optimizer.inner_steps)
+    if lower is not None:
+        emit(
+            Warning(
+                f"{len(lower)} training rows are the lower level's and {len(upper)} the upper level's (--lower-share)",
+                "bilevel",
+            )
+        )
+    job = Run(task, settings, optimizer, schedule(optimizer, settings), emit, folder, rows, split, stop, progress, dev)
     with dropping(task.model, settings.dropout):
         resumed = job.restore()
         if not resumed:
-            job.evaluate(0)
+            job.look(0)
             job.save()  # a disk that is full or read-only is found now, not after hours
-        status, step, reason = _train(job)
+        status, step, reason = _train(job, upper, lower)
     if status == "interrupted":
         job.save()
         raise KeyboardInterrupt
     sha, exports = None, []
     if status in ("finished", "budget"):
         job.save()
-        last = job.evaluate(step, final, final_split)
+        best = job.choose()
+        if best is not None:
+            reason = f"the weights of step {best}, the best on {len(job.dev or ())} dev rows, are kept"
+        last = job.evaluate(step if best is None else best, final, final_split)
         if math.isfinite(last.loss):
             job.trust()
             exports = finish(task, any(b.group == "base" for b in job.blocks))
@@ -235,16 +278,16 @@ def run(
     return outcome
 
 
-def _train(job: Run) -> tuple[Any, int, str]:
+def _train(job: Run, upper: list[Row], lower: list[Row] | None) -> tuple[Any, int, str]:
     """The loop, until its status is one that a record has; "interrupted" where the user asked."""
     s, task, optimizer = job.settings, job.task, job.optimizer
     if job.budget_spent():
         return "budget", optimizer.steps, ""
     job.clock = time.perf_counter()
     ended = train(
-        optimizer, objective(task, s.objective), task.rows, job.collate, job,
-        steps=s.steps if s.steps is not None else 2**62, batch=min(s.batch, len(task.rows)), seed=s.seed, sampling=s.sampling,
-        scheduler=job.scheduler, micro=s.micro_batch if task.padding_exact else 1, accumulate=s.accumulate,
+        optimizer, objective(task, s.objective), upper, job.collate, job,
+        steps=s.steps if s.steps is not None else 2**62, batch=min(s.batch, len(upper)), seed=s.seed, sampling=s.sampling,
+        scheduler=job.scheduler, micro=s.micro_batch if task.padding_exact else 1, accumulate=s.accumulate, lower_rows=lower,
     )  # fmt: skip
     if ended.status == "stopped":
         return job.why, ended.step, ""

@@ -27,6 +27,8 @@ class TrainSettings:
                   "train" for the rows that are trained on.
     final_rows    rows of the last evaluation, None for all.
     checkpoint_every  steps between checkpoints.
+    keep          "last", or "best": the weights that score best on the dev split, step 0 and the last step included (by the objective).
+    lower_share   of a bilevel method: share of the training rows that the lower level has for itself; 0: both levels use all rows.
     """
 
     method: str
@@ -55,6 +57,8 @@ class TrainSettings:
     checkpoint_every: int = 100
     tokens: int | None = None
     seconds: float | None = None
+    keep: str = "last"
+    lower_share: float = 0.5
 
     # what `probes.setup` asks of every probe
     @property
@@ -88,6 +92,8 @@ class TrainSettings:
             raise UserError("a linear schedule needs to know the last step: give --steps or --budget")
         if not 0 <= self.dropout < 1:
             raise UserError(f"--dropout is a probability below 1, not {self.dropout}")
+        if not 0 <= self.lower_share < 1:
+            raise UserError(f"--lower-share is a share of the rows, at least 0 and below 1, not {self.lower_share}")
         if not (0 < self.mu < math.inf and 0 <= self.weight_decay < math.inf):
             raise UserError(
                 f"--mu is a positive number and --weight-decay at least 0, not {self.mu} and {self.weight_decay}"
@@ -96,6 +102,7 @@ class TrainSettings:
             ("schedule", ("constant", "linear")),
             ("objective", OBJECTIVES),
             ("sampling", ("reshuffle", "iid")),
+            ("keep", ("last", "best")),
         ):
             if getattr(self, name) not in known:
                 raise UserError(f"--{name} is {' or '.join(known)}, not {getattr(self, name)!r}")

@@ -75,6 +75,34 @@ def evaluation_rows(task: Task, settings: TrainSettings) -> tuple[list[Row], str
     return shown[: settings.eval_rows], names[0], final[: settings.final_rows], names[1]
 
 
+def dev_rows(task: Task, settings: TrainSettings) -> list[Row]:
+    """Rows of the dev split that choose the best weights: never those of the test, whose scores would then flatter."""
+    if "dev" not in task.splits:
+        raise UserError(
+            f"--keep best chooses by the dev split, and {task.info['data']} has none (its splits: {', '.join(task.splits)}): "
+            "leave --keep out, or give data with a dev split"
+        )
+    rows = task.splits["dev"]
+    return [rows[i] for i in order(len(rows), 0)][: settings.eval_rows]
+
+
+def levels(rows: list[Row], settings: TrainSettings, inner_steps: int) -> tuple[list[Row], list[Row] | None]:
+    """(rows of the upper level, rows of the lower one): of a bilevel method disjoint, otherwise (all, None).
+
+    The two levels are two objectives: an adapter that fits the lower rows has to help on rows that it was not fitted to. The rows come in
+    a seeded order, so the first of them are a random part.
+    """
+    if not inner_steps or not settings.lower_share:
+        return rows, None
+    cut = round(settings.lower_share * len(rows))
+    if not 0 < cut < len(rows):
+        raise UserError(
+            f"--lower-share {settings.lower_share:g} of {len(rows)} training rows leaves one level without a row: give more --rows, or "
+            "--lower-share 0 for the same rows in both levels"
+        )
+    return rows[cut:], rows[:cut]
+
+
 def overlap(training: Sequence[Row], held_out: Sequence[Row]) -> list[str]:
     """A warning when rows that are evaluated are trained on."""
 

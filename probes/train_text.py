@@ -59,6 +59,8 @@ def summary(records: list[Record], folder: Path, scored: bool = False) -> Text:
             f"{outcome.status} after {outcome.step} steps: {outcome.forwards} forward and {outcome.backwards} backward passes = "
             f"{outcome.equivalents} forward-equivalents, {outcome.tokens} tokens"
         )
+        if outcome.reason and outcome.status in ("finished", "budget"):
+            lines.append(outcome.reason)
         if outcome.exports:
             lines.append(f"exported: {', '.join(str(folder / 'export' / e) for e in outcome.exports)}")
     if steps:
