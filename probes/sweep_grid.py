@@ -83,18 +83,17 @@ def ends(grid: Grid, known: Mapping[float, Score]) -> tuple[int, int]:
 
 
 def best_of(known: Mapping[float, Score]) -> float:
-    """The rate of the least loss; the lowest of equals."""
-    return min(sorted(known), key=lambda r: known[r].loss)
+    """The rate of the least loss; the highest of equals, since rates too small to move anything are equal."""
+    return min(sorted(known, reverse=True), key=lambda r: known[r].loss)
 
 
 def _extension(grid: Grid, known: Mapping[float, Score], start: float) -> list[float]:
-    best, (low, high) = best_of(known), ends(grid, known)
-    gained = known[best].loss < start
-    found = []
-    if (not gained or best <= grid.rate(low)) and grid.first[0] - low < grid.extensions:
+    best, (low, high), side = best_of(known), ends(grid, known), edge(known, start)
+    gained, found = known[best].loss < start, []
+    if (side == "lowest" or (gained and best <= grid.rate(low))) and grid.first[0] - low < grid.extensions:
         found.append(grid.rate(low - 1))
     quiet = grid.boundary and not any(s.diverged for s in known.values())
-    if (quiet or (gained and best >= grid.rate(high))) and high - grid.first[-1] < grid.extensions:
+    if (quiet or side == "highest" or (gained and best >= grid.rate(high))) and high - grid.first[-1] < grid.extensions:
         found.append(grid.rate(high + 1))
     return [r for r in found if r not in known]
 
@@ -112,8 +111,11 @@ def _refinement(grid: Grid, known: Mapping[float, Score], start: float) -> list[
 
 
 def edge(known: Mapping[float, Score], start: float) -> str:
-    """ "lowest" or "highest" where the best rate is the last of the grid on that side (or nothing was gained at all), else ""."""
+    """ "lowest" or "highest" where the best rate is the last of the grid on that side, else "".
+
+    Where no rate gains anything all are too large, or, if the lowest does not even lose, too small.
+    """
     best, order = best_of(known), sorted(known)
     if known[best].loss >= start:
-        return "lowest"
+        return "lowest" if known[order[0]].loss > start else "highest"
     return {order[0]: "lowest", order[-1]: "highest"}.get(best, "")
