@@ -6,7 +6,7 @@ Names are imported on first use, so that `probes.records` can be read where torc
 from importlib import import_module
 from typing import Any
 
-_HOME = {"probe_smoothness": "probes.smoothness"}
+_HOME = {"probe_smoothness": "probes.smoothness", "probe_estimators": "probes.estimators"}
 
 
 def __getattr__(name: str) -> Any:

@@ -22,6 +22,7 @@ from hybridtheory.blocks import Block
 from hybridtheory.errors import UserError
 from hybridtheory.estimate import Estimate
 from hybridtheory.estimators import Gaussian, Kept, Key, Law, Perturbation, absorbed_fraction, inner
+from hybridtheory.oracle import Oracle
 from hybridtheory.theory.moments import second_moment, variance
 from hybridtheory.theory.moments_error import minibatch_second_moment
 from hybridtheory.vectors import Tensors, dot
@@ -54,6 +55,14 @@ def directions(wanted: int | None, d: int) -> int:
     return wanted or (4 if d > LARGE else 8)
 
 
+def losses_of(probe: Probe[Settings]) -> Oracle:
+    """The loss as training evaluates it, a minibatch at a time: forward passes of few rows are mostly overhead. One count of calls."""
+    s, task = probe.settings, probe.task
+    oracle = Oracle(task.model, task.objective, task.batches(s.micro_batch or s.batch_size), probe.groups)
+    oracle.calls = probe.oracle.calls
+    return oracle
+
+
 def measure(
     probe: Probe[Settings], group: Block, gradient: Tensors, noise: Estimate
 ) -> Iterator[Budget | Allocation | Warning]:
@@ -62,30 +71,26 @@ def measure(
     size = sum(g.numel for g in probe.groups)  # a forward pass costs by the model, whatever is moved
     mus = grid(s.mus, size)
     gg = dot(gradient, gradient)
-    plan = Perturbation(probe.task.model, group)
-    errors, weights, slopes, losses = [], [], [], []
+    plan, value = Perturbation(probe.task.model, group), losses_of(probe).value
+    errors, weights, slopes, broken = [], [], [], ""
     for i in range(directions(s.directions, size)):
         key = Key(s.seed, (3 << 32) + i)
         # Drawn once for all its mus: a block of float32 beside the model, dropped before the next direction.
         law = Kept(Gaussian()).bind(group, [key])
         slope = inner(law, key, group, gradient)
         slopes.append(slope)
-        rows = [_sides(plan, probe.oracle.value, law, key, mu) for mu in mus]
-        losses.append([max(abs(a), abs(b)) for a, b in rows])
+        rows = [_sides(plan, value, law, key, mu) for mu in mus]
+        broken = broken or _not_finite(rows, mus, key)
         errors.append([(a - b) / (2 * mu) - slope for (a, b), mu in zip(rows, mus, strict=True)])
         weights.append([_realised_error(law, key, group, gradient, mu) for mu in mus])
     e, w = np.array(errors), np.array(weights)
     finite = np.isfinite(e).all(axis=0)
     if not finite.any():
         raise UserError(
-            f"the loss of {group.name} is not finite at w ± mu u for any mu from {mus[0]:g} to {mus[-1]:g} (seed {s.seed}); "
+            f"the loss is not finite on both sides of {group.name} for any mu from {mus[0]:g} to {mus[-1]:g} ({broken}); "
             f"the parameters are unchanged: give smaller --mus"
         )
-    notes = []
-    if not finite.all():
-        notes.append(
-            f"the loss is not finite at mu = {min(m for m, ok in zip(mus, finite, strict=True) if not ok):g} and is left out there"
-        )
+    notes = [f"{broken}: left out there"] if broken else []
     kept = [m for m, ok in zip(mus, finite, strict=True) if ok]
     e, w = e[:, finite], w[:, finite]
     added = d * (e**2) / gg
@@ -123,6 +128,15 @@ def measure(
         recommended=best.mu, flat=best.flat, published=published, note="; ".join(notes),
     )  # fmt: skip
     yield _allocation(s, group, gg, noise)
+
+
+def _not_finite(rows: Sequence[tuple[float, float]], mus: Sequence[float], key: Key) -> str:
+    """The first side of a difference that is not finite, in words."""
+    for (plus, minus), mu in zip(rows, mus, strict=True):
+        for loss, side in ((plus, "w + mu u"), (minus, "w - mu u")):
+            if not math.isfinite(loss):
+                return f"the loss is {loss} at {side} (mu = {mu:g}, seed {key.seed}, step {key.step})"
+    return ""
 
 
 def _sides(plan: Perturbation, f: Any, law: Law, key: Key, mu: float) -> tuple[float, float]:

@@ -11,10 +11,11 @@ import re
 import shlex
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import typer
@@ -174,10 +175,15 @@ def probe_smoothness(
 
 
 def follow(
-    stream: Iterator[Record], run: rundir.RunFolder | None, console: Console, bar: Any, doctor: bool
+    stream: Iterator[Record],
+    run: rundir.RunFolder | None,
+    console: Console,
+    bar: Any,
+    doctor: bool,
+    words: Mapping[type, str] = MappingProxyType({Point: "point", Secant: "secant"}),
 ) -> list[Record]:
     """Write every record as it comes and show what a user wants to see of it; what was measured survives whatever
-    stops the stream.
+    stops the stream. ``words``: what the probe measures, and what a user calls one of it.
     """
     from probes import terminal
 
@@ -205,7 +211,7 @@ def follow(
         if run is not None and run.started:
             reason = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
             run.append(End(reason, "" if reason == "interrupted" else f"{type(error).__name__}: {error}"))  # type: ignore[arg-type]
-            error.add_note(kept(run, records))
+            error.add_note(kept(run, records, words))
         raise
     return records
 
@@ -221,14 +227,15 @@ def finish(console: Console, run: rundir.RunFolder, records: list[Record]) -> No
     console.print(terminal.summary(report, run.path))
 
 
-def kept(run: rundir.RunFolder, records: list[Record]) -> str:
+def kept(run: rundir.RunFolder, records: list[Record], words: Mapping[type, str]) -> str:
     """What survives, and the command that goes on."""
-    points, secants = (sum(isinstance(r, kind) for r in records) for kind in (Point, Secant))
+    counts = {word: sum(isinstance(r, kind) for r in records) for kind, word in words.items()}
+    measured = " and ".join(f"{n} {word}{'s'[: n != 1]}" for word, n in counts.items())
     arguments = [a for a in sys.argv[1:] if a != "--resume"]
     if not any(a == "--out" or a.startswith("--out=") for a in arguments):
         arguments += ["--out", str(run.path)]
     command = shlex.join([Path(sys.argv[0]).name, *arguments, "--resume"])
-    return f"{points} points and {secants} secants are kept in {run.path}; to go on: {command}"
+    return f"{measured} are kept in {run.path}; to go on: {command}"
 
 
 def choose_folder(model: str | None, data: str | None, out: Path | None, resume: bool) -> Path:

@@ -109,6 +109,8 @@ def probe_estimators(
         if run is not None and rundir.finished(run.done):
             console.print(Text(f"{folder} is finished already; its report is made again from its records."))
             return finish(console, run, [*run.done])
+        if run is not None and run.dropped:
+            console.print(Text(f"! {run.dropped}", style="yellow"))
         from probes import terminal
 
         with terminal.waiting(console, "loading model and data"):
@@ -127,7 +129,8 @@ def probe_estimators(
         with terminal.Bar(console) as bar:
             done = run.done if run is not None else []
             stream = estimators.run(task, settings, done, bar.phase, provenance(), dry=run is None)
-            records = follow(stream, run, console, bar, False)
+            words = {Estimator: "estimator", Budget: "error budget"}
+            records = follow(stream, run, console, bar, False, words)
         if run is not None:
             finish(console, run, records)
 

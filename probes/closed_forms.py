@@ -87,7 +87,10 @@ def _moments(second: float, formula: str, along: float, mean: str, mean_sq: floa
         "second_moment": (second, formula),
         "variance": (second - mean_sq, f"{formula} − ‖E ĝ‖²"),
         "mse": (second - 2 * along + 1, f"{formula} − 2⟨E ĝ, g⟩ + 1"),
-        "along": (along - 1, mean),
+        "along": (
+            0.0 if abs(along - 1) < 1e-12 else along - 1,
+            mean,
+        ),  # a mask that keeps all of g has rounding alone left
     }
 
 

@@ -144,10 +144,12 @@ def _bias(
     if mean_sq is not None and mean_sq_error > 0:
         along, error = _mean(e.dots[:, G] / gg)
         predicted = (
-            said.mean_sq - 2 * (said.values["along"][0] + 1) + 1
+            said.mean_sq - 1 - 2 * said.values["along"][0]
             if said.mean_sq is not None and "along" in said.values
             else None
         )
+        if predicted is not None and abs(predicted) < 1e-12:  # rounding of an unbiased law
+            predicted = 0.0
         found["norm_sq"] = Compared(
             mean_sq - 2 * along + 1, math.hypot(mean_sq_error, 2 * error), predicted, "‖E ĝ − g‖²/‖g‖²"
         )

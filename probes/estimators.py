@@ -46,10 +46,12 @@ from probes.draws import (
     law_batch,
 )  # fmt: skip
 from probes.estimates import estimates, record
-from probes.given import Given
+from probes.given import Given, evaluating, given
 from probes.laws import DEFAULT_LAWS, Member, Source, refuse, sources
 from probes.point import GradientPass
+from probes.provenance import provenance
 from probes.records import Allocation, Budget, Cost, End, Estimator, Record, Warning
+from probes.report import Report
 from probes.setup import Probe as Setup
 from probes.setup import header
 from probes.smoothness import Progress
@@ -62,7 +64,8 @@ SMALL = 10_000_000
 # may say less, and a pilot so small is believed only where it has enough estimates and says clearly more.
 PILOT, RELATIVE_VARIANCE, ENOUGH, CLEARLY = 64, 2.0, 16, 1.5
 # A coordinate is looked up and not drawn: this many times more of them than of other directions are allowed.
-COORDINATES = 5
+COORDINATES = 3
+SAMPLE = 1 << 20  # weights that a law's draw is timed on
 HUTCHINSON = 2  # products behind HiZOO's preconditioner
 
 
@@ -313,29 +316,74 @@ def _each(one: Callable[[int], T], starts: Iterable[int], device: torch.device) 
 
 
 def _estimate(probe: Setup[Settings], members: Sequence[Member]) -> Cost:
-    """From one timed forward pass, one gradient, one product and one batch of Gaussian directions on a piece of the weights."""
+    """From a timed forward pass and gradient, and one batch of directions of each source on a piece of the weights."""
     s, oracle = probe.settings, probe.oracle
-    value, gradient = timed(oracle.value), timed(lambda: oracle.gradient(*probe.groups))
-    sample = torch.zeros(1 << 18, dtype=probe.groups[0].tensors[0].dtype)
-    z: list[Tensor] = []
-    per_draw = timed(lambda: z.append(draws.normal_chunk(Key(s.seed), "cost", sample, 0))) / sample.numel()
+    losses = budget.losses_of(probe)
+    oracle.value()  # the first pass of a process also loads and plans
+    value, gradient = timed(losses.value), timed(lambda: oracle.gradient(*probe.groups))
     seconds, values, products = value + gradient, 0.0, 0.0
     size = sum(g.numel for g in probe.groups)
     for group in probe.groups:
-        d = group.numel
-        count = RELATIVE_VARIANCE / s.precision_for(d) ** 2 + _pilot(d)
-        # Inner products of a direction cost about what drawing it does, for each law anew.
-        seconds += sum(
-            count * d * per_draw * (1 + len(x.members) * 0.7) for x in sources(members, group) if x.kind != "coordinate"
-        )
+        count = RELATIVE_VARIANCE / s.precision_for(group.numel) ** 2 + _pilot(group.numel)
+        seconds += sum(count * _per_draw(x, group, s.seed) for x in sources(members, group) if x.kind != "coordinate")
         sweep = budget.grid(s.mus, size), budget.directions(s.directions, size)
-        group_values = 2 * len(sweep[0]) * sweep[1]
-        values += group_values
-        seconds += group_values * (value + d * per_draw / len(sweep[0]))
+        values += 2 * len(sweep[0]) * sweep[1]
         products += 1 + HUTCHINSON * any(m.name == "hizoo" for m in members)
-    seconds += products * 3 * gradient
+    seconds += 1.3 * values * value + products * 3 * gradient  # a perturbed pass also makes its weights
     largest = max(sum(t.numel() * t.element_size() for t in g.tensors) for g in probe.groups)
     return Cost("estimated", 1, products, values, seconds, peak(oracle) + 5 * largest)
 
 
-__all__ = ["DEFAULT_LAWS", "Settings", "run"]
+def _per_draw(source: Source, group: Block, seed: int) -> float:
+    """Seconds a direction, by one batch on tensors of about SAMPLE weights; threads share batches."""
+    whole = sorted(group.parameters.items(), key=lambda item: item[1].numel() > SAMPLE)  # in order, larger ones last
+    part: dict[str, torch.nn.Parameter] = {}
+    for name, p in whole:
+        if not part or sum(x.numel() for x in part.values()) + p.numel() <= SAMPLE:
+            part[name] = p
+    block = Block(group.name, group.group, part)
+    values = [p.detach().to(torch.promote_types(p.dtype, torch.float32)) for p in block.tensors]
+    reference = Reference.of(block, dict.fromkeys(part, group.name), values, values, seed)
+    h = {n: torch.ones_like(v) for n, v in zip(part, values, strict=True)}
+    try:
+        laws = {m.label: m.on(block, h) for m in source.members}
+        return _alone(lambda: _draw(Settings(seed=seed), source, laws, block, [block], reference, 0, source.size)) * (
+            group.numel / block.numel / source.size
+        )
+    except UserError:  # a rank that only a larger tensor allows
+        return 0.0
+
+
+def _alone(call: Callable[[], object]) -> float:
+    """Seconds of a call on one thread, divided by how many run side by side."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return timed(call) / threads
+    finally:
+        torch.set_num_threads(threads)
+
+
+def probe_estimators(
+    model: torch.nn.Module,
+    batches: Sequence[Any],
+    loss_fn: Callable[[torch.nn.Module, Any], Tensor] | None = None,
+    laws: Sequence[str] = DEFAULT_LAWS,
+    blocks: str = "group",
+    seed: int = 0,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Report:
+    """Measure direction laws on any module and batches; the report holds every record, and its ``json()`` is report.json.
+
+    loss_fn   ``loss_fn(model, batch)``: mean loss over the batch's rows. None: the batches carry labels (see `probes.given`).
+    laws      as on the command line: "gaussian", "gaussian:q=4", "subzero:rank=8,refresh=1", ...
+    settings  other fields of `Settings`: precision, max_draws, directions, mus, q, batch_size, micro_batch.
+    The model is measured in evaluation mode; its weights, gradients, flags and modes are as found afterwards. Raises UserError.
+    """
+    wanted = Settings(laws=tuple(laws), blocks=blocks, seed=seed, **settings)
+    with evaluating(model):
+        return Report.of(run(given(model, batches, loss_fn), wanted, progress=progress, origin=provenance()))
+
+
+__all__ = ["DEFAULT_LAWS", "Settings", "probe_estimators", "run"]

@@ -30,11 +30,19 @@ def groups(report: Report) -> list[tuple[str, list[Estimator]]]:
 
 
 def cosines(report: Report) -> Figure | None:
-    """Histogram of the cosine, in units of 1/√d, with its Beta law; a column per law whose law is known exactly."""
-    known = [
-        (g, [(e, c) for e in found for c in e.cosines if c.alpha is not None and c.exact][:MOST]) for g, found in groups(report)
-    ]  # fmt: skip
-    known = [(g, pairs) for g, pairs in known if pairs]
+    """Histogram of the cosine, in units of 1/√d, with its Beta law; a column per law of the cosine that is known exactly.
+
+    Estimators whose cosine has one law (a Gaussian's and its sphere's) share the first one's panel.
+    """
+    known = []
+    for g, found in groups(report):
+        first: dict[tuple[object, ...], tuple[Estimator, Cosines]] = {}
+        for e in found:
+            for c in e.cosines:
+                if c.alpha is not None and c.exact:
+                    first.setdefault((c.target, c.alpha, c.beta), (e, c))
+        if first:
+            known.append((g, list(first.values())[:MOST]))
     if not known:
         return None
     columns = max(len(pairs) for _, pairs in known)

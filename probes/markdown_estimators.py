@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from probes.markdown import cost, estimate, interval, number, percent, repeat, table, warnings
 from probes.records import Allocation, Budget, Compared, Estimator
 
@@ -203,14 +205,10 @@ def budget(report: Report) -> list[str]:
              number(b.loss_noise), str(b.n)]
         )  # fmt: skip
         for p in b.published:
+            share = p.added / (b.direction + b.minibatch)
+            flat = "outside of the sweep" if math.isnan(p.added) else "yes" if p.flat else "**no**"
             where.append(
-                [
-                    f"`{b.block}`",
-                    f"{p.mu:g} ({p.name})",
-                    number(p.added),
-                    number(p.added / (b.direction + b.minibatch)),
-                    "yes" if p.flat else "**no**",
-                ]
+                [f"`{b.block}`", f"{p.mu:g} ({p.name})", number(p.added), *split(b, p.mu), number(share), flat]
             )
         if b.note:
             notes.append(f"- `{b.block}`: {b.note}.")
@@ -218,12 +216,29 @@ def budget(report: Report) -> list[str]:
         "## Error budget", "",
         "Squared error of one estimate (Gaussian, q = 1, central difference) over ‖∇f‖²: directions, a minibatch of "
         f"{found[0].rows} rows, and what μ adds: truncation, rounding of the loss and rounding of the weights. "
-        "In the flat range μ adds at most 5 % to the first two.", "",
+        "In the flat range μ adds at most 5 % to the first two; best is where what it adds is least.", "",
         *table(["block", "dtype", "directions", "minibatch", "best μ", "flat from – to", "noise of one loss", "directions measured"], rows),
-        "Where the published defaults of μ fall:", "",
-        *table(["block", "μ", "adds", "share of directions + minibatch", "in the flat range"], where),
+        "Where the published defaults of μ fall (full fine-tuning, LoRA, prefix), and what they add: as measured, then its parts: "
+        "truncation and rounding of the loss from the fit a μ⁴ + b/μ², which holds where μ is small, rounding of the weights, and the "
+        "share of the weights that do not move at all:", "",
+        *table(
+            ["block", "μ", "adds", "truncation", "loss rounded", "weights rounded", "weights that stay", "share of directions + minibatch",
+             "in the flat range"], where,
+        ),
         *notes, "![Error budget over μ](figures/budget.png)", "",
     ]  # fmt: skip
+
+
+def split(b: Budget, mu: float) -> list[str]:
+    """Truncation, rounding of the loss, rounding of the weights and the share that is absorbed at one mu, between the mus of the sweep."""
+    if not b.mu[0] <= mu <= b.mu[-1] * (1 + 1e-9):
+        return ["–"] * 4
+    at = np.log(mu), np.log(b.mu)
+    fitted = b.truncation is not None and b.loss_rounding is not None
+    parts = (
+        [number((b.truncation or 0.0) * mu**4), number((b.loss_rounding or 0.0) / mu**2)] if fitted else ["no fit"] * 2
+    )
+    return [*parts, number(float(np.interp(*at, b.weights))), percent(float(np.interp(*at, b.absorbed)))]
 
 
 def allocation(report: Report) -> list[str]:
@@ -239,7 +254,24 @@ def allocation(report: Report) -> list[str]:
         "Factor on the squared error of what is averaged, from the measured noise of the rows. Rows beyond the critical number "
         "σ²/‖∇f‖² cost forward passes and hardly lower the error, because the directions' part does not depend on them:", "",
         *table(["block", "rows", "q", "twice the rows", "twice the queries", "twice the steps", "critical rows"], rows),
+        *[f"- `{a.block}`: {a.note}." for a in found if a.note],
+        "One step of a given number of row-evaluations, spent on rows or on queries (squared error over ‖∇f‖²; least in bold):", "",
+        *equal_cost(found),
     ]  # fmt: skip
+
+
+def equal_cost(found: Sequence[Allocation]) -> list[str]:
+    """Rows times queries held fixed, cell by cell of `Allocation.errors`."""
+    rows = []
+    for a in found:
+        totals = sorted({n * q for n, q, _ in a.errors})
+        for total in totals:
+            same = sorted((q, n, e) for n, q, e in a.errors if n * q == total)
+            if len(same) > 1:
+                least = min(e for _, _, e in same)
+                cells = [f"{n} × {q}: " + (f"**{number(e)}**" if e == least else number(e)) for q, n, e in same]
+                rows.append([f"`{a.block}`", str(total), *cells, *["–"] * (3 - len(cells))])
+    return table(["block", "rows × q", "", "", ""], rows)
 
 
 def formulas(report: Report) -> list[str]:

@@ -242,7 +242,7 @@ class Report:
         return trainer_toml.text(self)
 
     def frames(self) -> dict[str, pd.DataFrame]:
-        """pandas tables: points (a row per point and block), secants, steps, fits, rates."""
+        """pandas tables: points (a row per point and block), secants, steps, fits, rates; or those of the estimators."""
         from probes import frames
 
         return frames.frames(self)

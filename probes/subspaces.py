@@ -49,22 +49,34 @@ def projects(law: Law) -> bool:
 def spectrum(law: Law, key: Key, name: str, like: Tensor, g: Tensor) -> Spectrum | None:
     """Of u's covariance on one tensor (shape of ``like`` and ``g``) given what ``law`` keeps; None where that is not known."""
     if isinstance(law, Gaussian):
-        return Spectrum.of(1.0, g.numel(), _square(g))
+        return Spectrum.of(1.0, g.numel(), square(g))
     if isinstance(law, LowRank):
         shape = law.matrix(like)
         if shape is None:
-            return Spectrum.of(1.0, g.numel(), _square(g))
+            return Spectrum.of(1.0, g.numel(), square(g))
         return _low_rank(law, key, name, *shape, like, g.reshape(shape))
     if isinstance(law, MagnitudeMask | RandomMask) and isinstance(law.law, Gaussian):
         mask = law.mask(name, like) if isinstance(law, MagnitudeMask) else law.mask(key, name, like)
         kept = int(mask.sum())
-        return Spectrum.of([1.0] * bool(kept), [kept] * bool(kept), [_square(g * mask)] * bool(kept))
+        return Spectrum.of([1.0] * bool(kept), [kept] * bool(kept), [square(g * mask)] * bool(kept))
     if isinstance(law, Preconditioned):
         return _binned(1 / law.h[name].double().reshape(-1), g.double().reshape(-1) ** 2)
     return None
 
 
-def _square(x: Tensor) -> float:
+@torch.no_grad()
+def captured_energy(law: Law, key: Key, name: str, like: Tensor, g: Tensor) -> float:
+    """‖P′g‖² of one tensor (g flat or not) in the subspace of one draw, nan where that is not known."""
+    shape = law.matrix(like) if isinstance(law, SubZero) else None
+    if isinstance(law, SubZero) and shape is not None:  # all that a draw needs of its spectrum
+        u, v = law.subspace(key, name, *shape, like)
+        return square(u.T @ g.reshape(shape) @ v)
+    found = spectrum(law, key, name, like, g.view(like.shape))
+    return math.nan if found is None else found.captured
+
+
+def square(x: Tensor) -> float:
+    """‖x‖²."""
     return float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
 
 
@@ -72,7 +84,7 @@ def _low_rank(law: LowRank, key: Key, name: str, m: int, n: int, like: Tensor, g
     r = min(law.rank, m, n)
     if isinstance(law, SubZero):  # u = c U Z V': Σ = c² VV' ⊗ UU'
         u, v = law.subspace(key, name, m, n, like)
-        return Spectrum.of(m * n / r**2, r * r, _square(u.T @ (g @ v)))
+        return Spectrum.of(m * n / r**2, r * r, square(u.T @ (g @ v)))
     if isinstance(law, LOZO):  # u = U V'/√r with V kept: Σ = (VV'/r) ⊗ I_m
         _, v = law.factors(key, name, m, n, like)
         lam, w = torch.linalg.eigh((v.T @ v).double() / r)

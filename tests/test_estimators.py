@@ -41,7 +41,7 @@ from hybridtheory.estimators import (
     parse,
     perturbed,
 )
-from hybridtheory.estimators.streams import CHUNK, normal, normal_chunk, signs, words
+from hybridtheory.estimators.streams import CHUNK, coins, coins_chunk, normal, normal_chunk, signs, words
 
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -264,6 +264,27 @@ def test_streams_are_what_their_documentation_says():
             Key(bad)
 
 
+@pytest.mark.parametrize("p", [0.25, 0.3, 1 / 3, 2**-20, 1.0])
+def test_coins_are_true_with_their_probability_and_independent(p):
+    """p that 8, 16 and 32 bits carry; a chunk is that part of the whole; neighbours do not know of each other."""
+    like = torch.empty(CHUNK + 1000, 3)
+    found, n = coins(Key(3), "m", like, p), like.numel()
+    assert found.shape == like.shape and found.dtype == torch.bool
+    flat = found.reshape(-1)
+    assert abs(int(flat.sum()) - n * p) <= 5 * math.sqrt(n * p * (1 - p))
+    both = (flat[1:] & flat[:-1]).sum()
+    assert abs(int(both) - n * p * p) <= 5 * math.sqrt(n * p * p * (1 + 2 * p))
+    for chunk in (0, 2):
+        assert torch.equal(coins_chunk(Key(3), "m", like, chunk, p), flat[chunk * CHUNK : (chunk + 1) * CHUNK])
+    assert torch.equal(found, coins(Key(3), "m", like.double(), p))
+    assert p == 1.0 or not torch.equal(found, coins(Key(3), "n", like, p))
+    law, like = RandomMask(keep=p), torch.nn.Parameter(like[:, 0])
+    mask = law.mask(Key(3), "w", like)
+    assert torch.equal(law.mask_chunk(Key(3), "w", like, 1), mask[CHUNK:])
+    u = law.fill(Key(3), "w", like)
+    assert torch.equal(u, torch.where(mask, normal(Key(3), "w", like.shape, like), 0.0))
+
+
 def test_hooks_find_the_weights_they_do_not_reach():
     net, block, f = problem()
     plan, law, key = Perturbation(net, block), Gaussian(), Key(1)
@@ -465,6 +486,45 @@ def test_low_rank_directions_are_applied_to_few_inputs_and_to_many_weights_alike
             for a, b in zip(grads(), inside):
                 torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
             assert values == pytest.approx([float(net(ids).sum().detach())] * 2, rel=1e-12)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_the_observed_evaluation_takes_the_path_of_the_later_ones(grad):
+    """The same bits from the first evaluation on: a resumed run, whose first one comes later, repeats. Reads elsewhere still show."""
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.one = nn.Embedding(40, 24), nn.Linear(24, 24)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return torch.tanh(self.one(self.embed(ids))) @ self.embed.weight.T  # read here where no module owns it
+
+    torch.manual_seed(0)
+    net, ids = Tied(), torch.tensor([[3, 7]])
+    block, key, used = partition(net)[0], Key(5), []
+
+    class Watched(SubZero):
+        def factored(self, key, name, w):
+            used.append(name)
+            return super().factored(key, name, w)
+
+    law = Watched(rank=3)
+    plan = Perturbation(net, block)
+
+    def f():
+        if grad:
+            return torch.stack([g.sum() for g in torch.autograd.grad(net(ids).square().sum(), block.tensors)])
+        return net(ids).square().sum()
+
+    with torch.set_grad_enabled(grad):
+        first, second = plan.value(f, law, key, 0.1), plan.value(f, law, key, 0.1)
+        assert torch.equal(first, second)
+        assert plan._whole == {"embed.weight"}
+        # the embedding's own lookup before its other read is found, then the linear layer alone
+        assert used == ["embed.weight", "one.weight", "one.weight", "one.weight"]
+        with perturbed_copy(net, block, law, key, 0.1):
+            torch.testing.assert_close(f(), first, rtol=1e-4, atol=1e-4)
 
 
 def test_memory_stays_within_the_largest_tensor():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from hybridtheory.theory.moments_covariance import (
     random_mask_second_moment,
 )
 from hybridtheory.theory.moments_subspace import subzero_second_moment
-from probes import budget, draws
+from probes import budget, draws, probe_estimators, rundir
 from probes.estimates import estimates
 from probes.estimators import Settings, run
 from probes.jsonl import decode, encode
@@ -337,6 +338,42 @@ def test_a_resumed_run_measures_only_what_is_missing_and_says_the_same(task: Tas
     assert [r for r in again if not isinstance(r, Cost)] == [r for r in whole if not isinstance(r, Cost)]
 
 
+def test_any_module_with_a_loss_from_python() -> None:
+    """`probe_estimators` on a linear regression: the closed forms, the tables, and a model that is as it was."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.Dropout(0.5), torch.nn.Linear(4, 1))
+    batches = [(torch.randn(6, 5), torch.randn(6, 1)) for _ in range(2)]
+    before = {n: p.detach().clone() for n, p in net.named_parameters()}
+    report = probe_estimators(
+        net, batches, lambda model, batch: (model(batch[0]) - batch[1]).square().mean(), laws=["gaussian", "sphere:q=2"], precision=0.1,
+        directions=3, mus=(1e-4, 1e-2, 1.0), micro_batch=3,
+    )  # fmt: skip
+    assert net.training and all(torch.equal(p, before[n]) and p.grad is None for n, p in net.named_parameters())
+    written = report.json()
+    assert written["probe"] == "estimators" and [e["law"] for e in written["estimators"]] == ["gaussian", "sphere:q=2"]
+    tables = report.frames()
+    assert set(tables) == {"estimators", "cosines", "budgets", "published", "allocations"}
+    second = tables["estimators"].query("quantity == 'second_moment'").set_index("law")
+    assert second.loc["gaussian", "predicted"] == 29 + 2
+    assert ((second["value"] - second["predicted"]).abs() < 5 * second["stderr"]).all()
+    assert set(tables["estimators"]["quantity"]) >= {
+        "variance",
+        "mse",
+        "cosine_sq",
+        "bias g",
+        "bias r7",
+        "bias norm_sq",
+    }
+    gaussian = report.all(Estimator)[0]
+    assert tables["cosines"].query("law == 'gaussian'")["count"].sum() == gaussian.n
+    assert list(tables["budgets"]["mu"]) == [1e-4, 1e-2, 1.0] and len(tables["published"]) == 3
+    assert "Error budget" in report.markdown()
+    with pytest.raises(UserError, match="the batches carry no labels"):
+        probe_estimators(net, [torch.randn(3, 5)])
+    with pytest.raises(UserError, match="no direction law 'gauss'"):
+        probe_estimators(net, batches, laws=["gauss"])
+
+
 def test_threads_change_nothing(task: Task) -> None:
     settings = Settings(laws=("gaussian:q=4", "rademacher"), max_draws=48, directions=2, mus=(1e-3,))
     threads = torch.get_num_threads()
@@ -429,39 +466,81 @@ def test_too_many_orthonormal_directions_and_a_gradient_of_zero(task: Task, root
     assert {r.block for r in found if isinstance(r, Estimator)} == {"base"}
 
 
+def command(root: Path, out: Path, *more: str) -> list[str]:
+    return [
+        str(root / "gpt2-estimators"), "--data", str(root / "films.jsonl"), "--labels", "terrible,great", "--rows", "4", "--rank", "2",
+        "--precision", "0.5", "--directions", "2", "--mus", "1e-3,1e-2", "--out", str(out), *more,
+    ]  # fmt: skip
+
+
+LAWS_GIVEN = ("--laws", "gaussian subzero:rank=2")
+
+
 def test_command_line(root: Path, task: Task, tmp_path: Path) -> None:
     from probes.cli_estimators import app
 
     out = tmp_path / "run"
-    arguments = [
-        str(root / "gpt2-estimators"),
-        "--data",
-        str(root / "films.jsonl"),
-        "--labels",
-        "terrible,great",
-        "--rows",
-        "4",
-        "--rank",
-        "2",
-    ]
-    more = [
-        "--laws",
-        "gaussian subzero:rank=2",
-        "--precision",
-        "0.5",
-        "--directions",
-        "2",
-        "--mus",
-        "1e-3,1e-2",
-        "--out",
-        str(out),
-    ]
-    result = CliRunner().invoke(app, [*arguments, *more])
+    result = CliRunner().invoke(app, command(root, out, *LAWS_GIVEN))
     assert result.exit_code == 0, result.output
     assert "subzero:rank=2" in result.output and "best mu" in result.output
     assert {p.name for p in out.iterdir()} == {"report.md", "report.json", "records.jsonl", "figures"}
     assert {p.name for p in (out / "figures").iterdir()} >= {"cosines.png", "subspace.png", "budget.png"}
     assert Report.load(out).markdown() == (out / "report.md").read_text()
-    bad = CliRunner().invoke(app, [*arguments, "--laws", "nonsense", "--out", str(tmp_path / "bad")])
-    assert bad.exit_code == 2
-    assert not (tmp_path / "bad").exists()
+    assert set(Report.load(out).frames()) >= {"estimators", "budgets"}
+
+
+def test_what_control_c_keeps_is_said_and_resumed(
+    root: Path, task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from probes import estimators
+    from probes.cli_estimators import app
+
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert CliRunner().invoke(app, command(root, whole, *LAWS_GIVEN)).exit_code == 0
+
+    def stop(*args: Any, **options: Any) -> Any:
+        raise KeyboardInterrupt
+
+    measured: list[str] = []
+    source = estimators._source
+    monkeypatch.setattr(budget, "measure", stop)
+    stopped = CliRunner().invoke(app, command(root, cut, *LAWS_GIVEN))
+    assert stopped.exit_code == 130
+    said = " ".join(stopped.output.split())
+    assert f"2 estimators and 0 error budgets are kept in {cut}; to go on:" in said and "--resume" in said
+    monkeypatch.undo()
+    monkeypatch.setattr(
+        estimators, "_source", lambda s, x, group, *rest: measured.append(group.name) or source(s, x, group, *rest)
+    )
+    resumed = CliRunner().invoke(app, command(root, cut, *LAWS_GIVEN, "--resume"))
+    assert resumed.exit_code == 0, resumed.output
+    assert set(measured) == {"peft"}  # the base's rows were there
+
+    def results(folder: Path) -> list[Record]:
+        return [r for r in rundir.load(folder) if not isinstance(r, Header | Cost)]
+
+    assert results(cut) == results(whole)
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--laws", "nonsense"], "no direction law 'nonsense'"),
+        (["--laws", "subzero:rank=5000"], "rank 5000 does not fit"),
+        (["--laws", "orthonormal:q=257"], "from 1 to 256"),
+        (["--mus", "0"], "positive, finite"),
+        (["--mus", "x"], "not a number"),
+        (["--laws", "gaussian", "--mus", "1e-30"], "is absorbed by the weights of base"),
+        (["--laws", "gaussian", "--mus", "1e38"], r"for any mu .* is \w+ at w \+ mu u \(mu = 1e\+38, seed 0, step \d+\)"),
+        (["--laws", "gaussian", "--blocks", "nothing-like-this"], "nothing-like-this"),
+    ],
+)  # fmt: skip
+def test_bad_input_on_the_command_line_is_one_sentence(
+    root: Path, task: Task, tmp_path: Path, more: list[str], says: str
+) -> None:
+    from probes.cli_estimators import app
+
+    result = CliRunner().invoke(app, command(root, tmp_path / "bad", *more))
+    assert result.exit_code == 2
+    assert re.search(says, " ".join(result.output.split()))
+    assert "Traceback" not in result.output

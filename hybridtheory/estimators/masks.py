@@ -12,7 +12,7 @@ from hybridtheory.blocks import Block
 from hybridtheory.errors import UserError
 from hybridtheory.estimators.gaussian import Gaussian
 from hybridtheory.estimators.law import Law
-from hybridtheory.estimators.streams import Key, uniform
+from hybridtheory.estimators.streams import CHUNK, Key, coins, coins_chunk
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,14 @@ class RandomMask(Law):
         return replace(self, law=self.law.bind(block, keys))
 
     def fill(self, key: Key, name: str, like: Tensor) -> Tensor:
-        return self.law.fill(key, name, like).mul_(self.mask(key, name, like))
+        return masked_(self.law.fill(key, name, like), self.mask(key, name, like))
 
     def mask(self, key: Key, name: str, like: Tensor) -> Tensor:
-        return uniform(Key(key.seed, key.step // self.refresh), f"{name}#mask", like) < self.keep
+        return coins(Key(key.seed, key.step // self.refresh), f"{name}#mask", like, self.keep)
+
+    def mask_chunk(self, key: Key, name: str, like: Tensor, chunk: int) -> Tensor:
+        """That chunk of the mask (`streams.CHUNK` elements), flat, without the rest."""
+        return coins_chunk(Key(key.seed, key.step // self.refresh), f"{name}#mask", like, chunk, self.keep)
 
 
 @dataclass(frozen=True)
@@ -76,10 +80,24 @@ class MagnitudeMask(Law):
         return self.law.touches(key, name)
 
     def fill(self, key: Key, name: str, like: Tensor) -> Tensor:
-        return self.law.fill(key, name, like).mul_(self.mask(name, like))
+        return masked_(self.law.fill(key, name, like), self.mask(name, like))
 
     def mask(self, name: str, like: Tensor) -> Tensor:
         return torch.abs(like.detach()) <= self.thresholds[name]
+
+    def mask_chunk(self, name: str, like: Tensor, chunk: int) -> Tensor:
+        """That chunk of the mask (`streams.CHUNK` elements), flat."""
+        return self.mask(name, like.reshape(-1)[chunk * CHUNK : (chunk + 1) * CHUNK])
+
+
+def masked_(u: Tensor, mask: Tensor) -> Tensor:
+    """u, zero where the mask is False, in place."""
+    return u.mul_(as_numbers(mask, u.dtype))
+
+
+def as_numbers(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 and 1: by way of bytes, which torch converts seven times as fast as booleans, and multiplies by three times as fast."""
+    return mask.view(torch.uint8).to(dtype)
 
 
 def _check_share(keep: float) -> None:

@@ -156,22 +156,42 @@ def normal(key: Key, name: str, shape: Sequence[int], like: Tensor) -> Tensor:
     return out.double() if like.dtype == torch.float64 else out
 
 
-def normal_chunk(key: Key, name: str, like: Tensor, chunk: int) -> Tensor:
-    """Elements [CHUNK chunk, CHUNK (chunk + 1)) of ``normal(key, name, like.shape, like)``, flat, without the rest."""
+def normal_chunk(key: Key, name: str, like: Tensor, chunk: int, out: Tensor | None = None) -> Tensor:
+    """Elements [CHUNK chunk, CHUNK (chunk + 1)) of ``normal(key, name, like.shape, like)``, flat, without the rest.
+
+    Into ``out``, a contiguous float32 tensor of their number, where it is given.
+    """
     own = _local
-    out = torch.empty(min(CHUNK, like.numel() - chunk * CHUNK), dtype=torch.float32, device=like.device)
+    if out is None:
+        out = torch.empty(chunk_size(like, chunk), dtype=torch.float32, device=like.device)
     twister = own.twister if out.device.type == "cpu" else torch.Generator(out.device)
     out.normal_(generator=_refill(own, twister, key, name, chunk))
     return out.double() if like.dtype == torch.float64 else out
 
 
-def uniform(key: Key, name: str, like: Tensor) -> Tensor:
-    """U[0, 1) in ``like``'s shape, float32."""
-    out = torch.empty(like.shape, dtype=torch.float32, device=like.device)
-    flat = out.view(-1)
-    for chunk, start in enumerate(range(0, flat.numel(), CHUNK)):
-        flat[start : start + CHUNK].uniform_(generator=generator(key, name, chunk, like.device))
-    return out
+def chunk_size(like: Tensor, chunk: int) -> int:
+    """How many of ``like``'s elements its chunk of that number holds."""
+    return min(CHUNK, like.numel() - chunk * CHUNK)
+
+
+def coins_chunk(key: Key, name: str, like: Tensor, chunk: int, p: float) -> Tensor:
+    """That chunk of ``coins(key, name, like, p)``, flat."""
+    # as few bits an element as carry p; a word's bits are drawn 0.5 ns for each byte of them, and compared in a tenth of that
+    bits, kind = next((b for b in _WIDTHS if (p * 2 ** b[0]).is_integer()), _WIDTHS[-1])
+    n, limit = chunk_size(like, chunk), max(round(p * 2**bits), 1)
+    if limit >= 2**bits:
+        return torch.ones(n, dtype=torch.bool, device=like.device)
+    drawn = words(key, name, -(-n * bits // 64), chunk).view(kind)[:n]
+    return torch.from_numpy(drawn < kind(limit)).to(like.device)
+
+
+_WIDTHS = ((8, np.uint8), (16, np.uint16), (32, np.uint32))
+
+
+def coins(key: Key, name: str, like: Tensor, p: float) -> Tensor:
+    """True with probability p, independently, in ``like``'s shape: exactly p where it is a multiple of 2^-16, else to 2^-32."""
+    chunks = [coins_chunk(key, name, like, i, p) for i in range(-(-like.numel() // CHUNK))]
+    return (torch.cat(chunks) if len(chunks) > 1 else chunks[0]).view(like.shape)
 
 
 _BYTES = np.where(
