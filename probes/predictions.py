@@ -34,7 +34,7 @@ def entries(task: str, report: Report) -> list[dict[str, Any]]:
     head, settings = report.header, report.header.options
     about = {
         "task": task, "model_sha256": head.model.sha256, "data": head.data.name,
-        "peft": {"type": head.peft.type, "rank": head.peft.rank, "scale": head.peft.scale} if head.peft else {},
+        "adapter": {"type": head.peft.type, "rank": head.peft.rank, "scale": head.peft.scale} if head.peft else {},
         "steps": settings.get("steps"), "batch": settings.get("batch_size"), "mu": settings.get("mu"), "q": settings.get("q"),
     }  # fmt: skip
     found = [
@@ -117,7 +117,7 @@ def register(path: Path) -> Predictions:
 
 def _checked(entry: Any) -> dict[str, Any]:
     """An entry with what the sweep reads from it; KeyError or TypeError where it is not one."""
-    for name in ("task", "rule", "scored", "model_sha256", "data", "peft"):
+    for name in ("task", "rule", "scored", "model_sha256", "data", "adapter"):
         entry[name]
     for group in GROUPS:
         rate = entry[group]
@@ -135,7 +135,7 @@ def refuse_other(predictions: Predictions, tasks: Sequence[SweepTask]) -> None:
             if e["task"] != task.name:
                 continue
             peft = {k: task.peft.get(k) for k in ("type", "rank", "scale")} if task.peft else {}
-            said = {k: v for k, v in e["peft"].items() if v is not None}
+            said = {k: v for k, v in e["adapter"].items() if v is not None}
             pairs = (
                 ("model", e["model_sha256"], task.model_sha256), ("data", e["data"], task.data),
                 ("adapter", said, {k: v for k, v in peft.items() if v is not None}),

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import joblib
 
 from hybridtheory.errors import UserError
+from probes.predictions import refuse_other
 from probes.records import DataInfo, Header, ModelInfo, Record
 from probes.records_sweep import Cell, Predictions, SweepTask
 from probes.sweep_cell import Failed, Work, describe, run_cell, unload
@@ -108,8 +109,7 @@ class Sweep:
     def run(self, done: Sequence[Record], origin: dict[str, Any]) -> bool:
         """Whether every line is done; False where the time was up."""
         self.emit(self.header(origin))
-        if self.registered is not None:
-            self.emit(self.registered)
+        self._register(done)
         for record in done:
             if isinstance(record, SweepTask):
                 self.tasks[record.name, record.seed] = record
@@ -120,6 +120,23 @@ class Sweep:
                 if not self._task(source.name, every):
                     return False
         return True
+
+    def _register(self, done: Sequence[Record]) -> None:
+        """The predictions of this sweep: a resumed one keeps those that it began with, or none."""
+        known = next((r for r in done if isinstance(r, Predictions)), None)
+        given = self.registered
+        if (
+            given is not None
+            and any(isinstance(r, Cell) for r in done)
+            and (known is None or known.sha256 != given.sha256)
+        ):
+            began = "without predictions" if known is None else f"with the predictions {known.sha256[:12]}"
+            raise UserError(
+                f"--predictions: this sweep began {began}: start a new one for {given.path} ({given.sha256[:12]})"
+            )
+        self.registered = known or given
+        if self.registered is not None:
+            self.emit(self.registered)
 
     def header(self, origin: dict[str, Any]) -> Header:
         sources = self.study.sources
@@ -143,6 +160,8 @@ class Sweep:
             for found in every(_described, iter([(source, x) for x in unknown.values()])):
                 if isinstance(found, Failed):
                     raise UserError(f"task {name}: {found.reason}")
+                if self.registered is not None:
+                    refuse_other(self.registered, [found])
                 self.tasks[found.name, found.seed] = found
                 self.emit(found)
         alone = self.pool.backend == "loky" and self.pool.jobs == 1
