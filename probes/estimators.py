@@ -141,19 +141,28 @@ def run(
         raise UserError(
             f"the loss is {taken.loss} at the weights as they are: nothing can be compared there; check data and dtype"
         )
-    for group, gradient, noise in zip(probe.groups, taken.gradients, taken.noise, strict=True):
+    noises = {g.name: noise for g, noise in zip(probe.groups, taken.noise, strict=True)}
+    finer = [b for b in probe.all_blocks if b.name not in noises]
+    if finer:
+        noises |= {
+            b.name: e for b, e in zip(finer, GradientPass.take(probe.oracle, finer, probe.rows).noise, strict=True)
+        }
+    for group, gradient in zip(probe.groups, taken.gradients, strict=True):
         if not norm(gradient) > 0:
             yield Warning(
                 f"the gradient of {group.name} is zero on these rows, so no estimator of it can be judged", group.name
             )
             continue
         yield from _group(probe, meter, group, gradient, members, done)
-        kept = [r for r in done if isinstance(r, Budget | Allocation) and r.block == group.name]
-        if kept:
-            yield from kept
-        else:
-            meter.phase(f"{group.name}: error budget")
-            yield from budget.measure(probe, group, gradient, noise)
+        by_name = dict(zip(group.names, gradient, strict=True))
+        for block in (group, *(b for b in finer if b.group == group.group)):
+            kept = [r for r in done if isinstance(r, Budget | Allocation) and r.block == block.name]
+            own = [by_name[n] for n in block.names]
+            if kept:
+                yield from kept
+            elif norm(own) > 0:  # the matrices of a fresh adapter whose partners are zero have none
+                meter.phase(f"{block.name}: error budget")
+                yield from budget.measure(probe, block, own, noises[block.name])
     yield meter.actual()
     yield End("finished")
 
@@ -326,8 +335,8 @@ def _estimate(probe: Setup[Settings], members: Sequence[Member]) -> Cost:
     for group in probe.groups:
         count = RELATIVE_VARIANCE / s.precision_for(group.numel) ** 2 + _pilot(group.numel)
         seconds += sum(count * _per_draw(x, group, s.seed) for x in sources(members, group) if x.kind != "coordinate")
-        sweep = budget.grid(s.mus, size), budget.directions(s.directions, size)
-        values += 2 * len(sweep[0]) * sweep[1]
+        parts = len({b.name for b in probe.all_blocks if b.group == group.group})  # each is perturbed alone
+        values += parts * 2 * len(budget.grid(s.mus, size)) * budget.directions(s.directions, size)
         products += 1 + HUTCHINSON * any(m.name == "hizoo" for m in members)
     seconds += 1.3 * values * value + products * 3 * gradient  # a perturbed pass also makes its weights
     largest = max(sum(t.numel() * t.element_size() for t in g.tensors) for g in probe.groups)

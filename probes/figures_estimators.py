@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -69,7 +70,7 @@ def cosine_panel(ax: Axes, e: Estimator, c: Cosines) -> None:
     x = np.linspace(end * 1e-3, end, 400)
     # cos² ~ Beta, so cos has the density 2x b(x²)
     ax.plot(x * unit, 2 * x * stats.beta(c.alpha, c.beta).pdf(x**2) / unit, color="black", lw=1.2)
-    ax.set_title(label(e))
+    ax.set_title(textwrap.fill(label(e), 16))  # a panel is narrow
     target, symbol = ("P'\\nabla f", "k") if c.target == "projection" else ("\\nabla f", "d")
     ax.set_xlabel(rf"$\sqrt{{{symbol}}}\,\cos(\hat g,\, {target})$")
     note = f"n = {e.n:,}" + (f"\nKS p = {c.ks_p:.2f}" if c.ks_p is not None else "")
@@ -140,8 +141,8 @@ def dot(ax: Axes, c: Compared | None, y: float, colour: object, marker: str) -> 
 
 
 def budget(report: Report) -> Figure | None:
-    """Every part of the squared error over mu, their sum, and what was measured from forward passes."""
-    found = report.all(Budget)
+    """Every part of the squared error over mu, their sum, and what was measured from forward passes; a panel a group."""
+    found = [b for b in report.all(Budget) if b.block == b.group]
     if not found:
         return None
     figure = Figure(figsize=(4.5 * len(found), 3.9))

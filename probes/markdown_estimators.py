@@ -204,7 +204,7 @@ def budget(report: Report) -> list[str]:
             [f"`{b.block}`", b.dtype, number(b.direction), number(b.minibatch), best, interval(b.flat) if b.flat else "nowhere",
              number(b.loss_noise), str(b.n)]
         )  # fmt: skip
-        for p in b.published:
+        for p in b.published if b.block == b.group else ():
             share = p.added / (b.direction + b.minibatch)
             flat = "outside of the sweep" if math.isnan(p.added) else "yes" if p.flat else "**no**"
             where.append(
@@ -256,7 +256,7 @@ def allocation(report: Report) -> list[str]:
         *table(["block", "rows", "q", "twice the rows", "twice the queries", "twice the steps", "critical rows"], rows),
         *[f"- `{a.block}`: {a.note}." for a in found if a.note],
         "One step of a given number of row-evaluations, spent on rows or on queries (squared error over ‖∇f‖²; least in bold):", "",
-        *equal_cost(found),
+        *equal_cost([a for a in found if a.block == a.group]),
     ]  # fmt: skip
 
 

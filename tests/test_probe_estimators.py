@@ -391,13 +391,9 @@ def test_threads_change_nothing(task: Task) -> None:
 
 def test_finer_blocks_have_their_own_laws(task: Task) -> None:
     before = {n: p.detach().clone() for n, p in task.model.named_parameters()}
-    found = [
-        r
-        for r in run(
-            task, Settings(laws=("sphere", "coordinate"), blocks="layer", precision=0.3, directions=2, mus=(1e-3,))
-        )
-        if isinstance(r, Estimator)
-    ]
+    settings = Settings(laws=("sphere", "coordinate"), blocks="layer", precision=0.3, directions=2, mus=(1e-3, 1e-2))
+    made = list(run(task, settings))
+    found = [r for r in made if isinstance(r, Estimator)]
     finer = [e for e in found if e.block != e.group]
     assert len({e.block for e in finer}) >= 2
     for e in finer:
@@ -405,6 +401,17 @@ def test_finer_blocks_have_their_own_laws(task: Task) -> None:
         assert second.predicted == pytest.approx(e.d, rel=1e-12)
         assert abs(second.value - e.d) < 5 * (second.stderr or 0)
     assert all(torch.equal(p, before[n]) for n, p in task.model.named_parameters())
+    budgets = {b.block: b for b in made if isinstance(b, Budget)}
+    assert set(budgets) == {e.block for e in found}
+    groups = {"base", "peft"}
+    # squared slopes and noises of disjoint blocks add up to their group's
+    for g in groups:
+        parts = [b for name, b in budgets.items() if b.group == g and name not in groups]
+        assert sum(b.grad_norm**2 for b in parts) == pytest.approx(budgets[g].grad_norm ** 2, rel=1e-5)
+        assert sum(b.noise.value for b in parts if b.noise) == pytest.approx(budgets[g].noise.value, rel=1e-4)  # type: ignore[union-attr]
+    cost = next(r for r in made if isinstance(r, Cost))
+    assert cost.values == len(budgets) * 2 * 2 * 2
+    assert all(f"`{name}`" in Report.of(made).markdown() for name in budgets)
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------
