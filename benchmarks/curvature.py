@@ -1,12 +1,13 @@
 """Curvature of a small GPT-2, side by side with three public tools: time, error and peak memory, all from one run.
 
     python benchmarks/curvature.py            # make bench; installs the opponents into .venv-bench first
-    python benchmarks/curvature.py --points 1 --repeats 1      # a shorter look
+    python benchmarks/curvature.py --resume   # go on where a run was stopped
+    python benchmarks/curvature.py --points 1 --repeats 1 --rows-vectors 16      # a shorter look
 
-One thread. Times are CPU seconds of the process (on a shared machine the wall clock measures the neighbours). The tools take turns
-within every repeat, and a ratio is the median over repeats of ratios within one repeat. "Error" is against the converged reference of
-problem.py; the reference's traces carry a standard error of their own, which is printed. Writes runs/bench/curvature.md and ends with
-an error if a target is missed.
+One thread. Times are CPU seconds of the process (on a shared machine the wall clock measures the neighbours). The tools take turns:
+a unit of work (one point, one repeat) is done by every tool in the same process, in an order that rotates, and a ratio compares times of
+one unit only. Each measurement is a line of runs/bench/curvature.jsonl as soon as it exists; the table (runs/bench/curvature.md) is made
+from that file. Ends with an error if an opponent is missing or a target is missed.
 """
 
 from __future__ import annotations
@@ -20,17 +21,10 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-OPPONENTS = ("PyHessian", "curvlinops", "hessian-eigenthings")
-TARGETS = {
-    "|λ|max": {"PyHessian": 1.5, "curvlinops": 4.0, "hessian-eigenthings": 8.0},
-    "row": {"PyHessian": 2.0, "curvlinops": 4.0, "hessian-eigenthings": 4.0},
-    "batches": {"PyHessian": 3.0},
-}
-PRODUCT_TARGET = 2.0  # gradients, for one further product of the whole model
+SECTIONS = ("product", "modulus", "row", "batches", "memory")
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
@@ -39,8 +33,28 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
     return time.process_time() - start, result
 
 
-def product_cost(p: Any, repeats: int) -> list[float]:
-    """Each repeat: one further whole-model product in units of a gradient."""
+class Results:
+    """Measurements by key, written as they come."""
+
+    def __init__(self, path: Path, resume: bool) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = path.read_text().splitlines() if resume and path.exists() else []
+        path.write_text("".join(line + "\n" for line in lines))
+        self.found: list[dict[str, Any]] = [json.loads(line) for line in lines]
+
+    def has(self, **key: Any) -> bool:
+        return any(all(f.get(k) == v for k, v in key.items()) for f in self.found)
+
+    def add(self, **values: Any) -> None:
+        self.found.append(values)
+        with self.path.open("a") as file:
+            file.write(json.dumps(values) + "\n")
+        print(" ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items()), flush=True)
+
+
+def product_cost(p: Any, results: Results, repeats: int) -> None:
+    """Each repeat: one further whole-model product in units of a gradient, interleaved."""
     from hybridtheory import streams
     from hybridtheory.blocks import partition
     from hybridtheory.oracle import Oracle
@@ -49,63 +63,71 @@ def product_cost(p: Any, repeats: int) -> list[float]:
     blocks = partition(p.net, "group")
     oracle = Oracle(p.net, NextByte(), p.batches(1), blocks)
     vector = [t for b in blocks for t in streams.rademacher(b, SEED, "bench")]
-    ratios = []
     with oracle.products(*blocks) as hess:
         hess(vector)  # the graph is built here
-        for _ in range(repeats):
+        for repeat in range(repeats):
             gradient, _ = timed(lambda: oracle.gradient(*blocks))
             product, _ = timed(lambda: hess(vector))
-            ratios.append(product / gradient)
-    return ratios
+            results.add(section="product", repeat=repeat, gradient=gradient, product=product)
 
 
-def moduli_section(
-    p: Any, truths: Any, repeats: int, batches: int, tools: tuple[str, ...]
-) -> dict[str, dict[str, Any]]:
-    from tools import budgets_of, moduli
-
-    budgets = {t: budgets_of(t, p, 0, truths[0], row=False) for t in tools}
-    p.go(0)
-    result: dict[str, dict[str, Any]] = {t: {"seconds": []} for t in ("ours", *tools)}
-    for _ in range(repeats):
-        for tool in result:
-            seconds, found = timed(lambda tool=tool: moduli(tool, p, budgets.get(tool, []), batches))
-            result[tool]["seconds"].append(seconds)
-            result[tool]["errors"] = [abs(abs(x) / t.modulus - 1) for x, t in zip(found, truths[0])]
-            say(f"  {tool}: {seconds:.1f} s, largest error {max(result[tool]['errors']):.1e}")
-    return result
+def unit(
+    results: Results, section: str, point: int, repeat: int, work: dict[str, Callable[[], dict[str, Any]]]
+) -> None:
+    """Every tool once, in an order that rotates with the repeat; a unit that is complete already is left alone."""
+    key = {"section": section, "point": point, "repeat": repeat}
+    if all(results.has(tool=tool, **key) for tool in work):
+        return
+    names = list(work)
+    shift = (point + repeat) % len(names)
+    for tool in names[shift:] + names[:shift]:
+        seconds, found = timed(work[tool])
+        results.add(**key, tool=tool, seconds=seconds, **found)
 
 
-def rows_section(
-    p: Any, truths: Any, points: list[int], repeats: int, tools: tuple[str, ...]
-) -> dict[str, dict[str, Any]]:
+def moduli_unit(
+    p: Any, prepared: Any, results: Results, section: str, point: int, repeat: int, tools: list[str]
+) -> None:
+    from tools import moduli
+
+    truths, budgets = prepared[point]
+    batches = 4 if section == "batches" else 1
+    p.go(point)
+
+    def work(tool: str) -> dict[str, Any]:
+        found = moduli(tool, p, budgets, batches)
+        return {"errors": [abs(abs(x) / t.modulus - 1) for x, t in zip(found, truths)]}
+
+    unit(results, section, point, repeat, {t: lambda t=t: work(t) for t in ("ours", *tools)})
+
+
+def rows_unit(p: Any, prepared: Any, results: Results, point: int, repeat: int, tools: list[str], state: Any) -> None:
+    from dataclasses import replace
+
     from problem import LAYERS
 
-    from tools import ROW, budgets_of, our_rows
+    from tools import ROW, our_rows
 
-    budgets = {t: [budgets_of(t, p, point, truths[point], row=True) for point in points] for t in tools}
-    result: dict[str, dict[str, Any]] = {t: {"seconds": []} for t in ("ours", *tools)}
+    truths, budgets = prepared[point]
+    p.go(point)
 
-    def theirs(tool: str) -> list[Any]:
-        rows = []
-        for point in points:
-            p.go(point)
-            rows.append([ROW[tool](p, i, budgets[tool][point][i]) for i in range(LAYERS)])
-        return rows
+    def work(tool: str) -> dict[str, Any]:
+        if tool == "ours":
+            rows = our_rows(p, state.setdefault(repeat, {}), point, most_vectors=state["vectors"])
+        else:
+            told = [replace(b, vectors=min(b.vectors, state["vectors"])) for b in budgets]
+            rows = [ROW[tool](p, i, told[i]) for i in range(LAYERS)]
+        return {
+            "errors": [
+                max(abs(r.lam_max / t.lam_max - 1), abs(r.lam_min / t.lam_min - 1)) for r, t in zip(rows, truths)
+            ],
+            "traces": [r.trace for r in rows],
+            "vectors": [r.vectors for r in rows],
+            "sharp": [r.sharp for r in rows],
+            "resolved": [r.resolved for r in rows],
+        }
 
-    for _ in range(repeats):
-        for tool in result:
-            seconds, rows = timed(lambda tool=tool: our_rows(p, points) if tool == "ours" else theirs(tool))
-            pairs = [(r, t) for at, point in zip(rows, points) for r, t in zip(at, truths[point])]
-            result[tool]["seconds"].append(seconds)
-            result[tool]["errors"] = [
-                max(abs(r.lam_max / t.lam_max - 1), abs(r.lam_min / t.lam_min - 1)) for r, t in pairs
-            ]
-            result[tool]["trace"] = (sum((r.trace / t.trace - 1) ** 2 for r, t in pairs) / len(pairs)) ** 0.5
-            say(
-                f"  {tool}: {seconds:.1f} s, ends {max(result[tool]['errors']):.1e}, trace rms {result[tool]['trace']:.2f}"
-            )
-    return result
+    unit(results, "row", point, repeat, {t: lambda t=t: work(t) for t in ("ours", *tools)})
 
 
 def peak(tool: str) -> dict[str, float]:
@@ -117,121 +139,86 @@ def peak(tool: str) -> dict[str, float]:
 
 
 def memory_of(tool: str) -> None:
+    """A short row (no peak grows with the number of power iterations or of trace vectors beyond a few)."""
+    from dataclasses import replace
+
     import torch
+    from budgets import budgets
+    from problem import problem, truth
 
-    from tools import ROW, budgets_of, our_rows
+    from tools import ROW, our_rows
 
-    p, truths = prepared([0])
+    p = problem()
+    told = budgets(p, 0, truth(p, 0))[0]
     torch.nn.functional.cross_entropy(p.net(p.ids), p.targets).backward()
     p.net.zero_grad()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if tool == "ours":
-        our_rows(p, [0])
+        our_rows(p, {}, 0, most_vectors=8)
     elif tool != "gradient":
-        ROW[tool](p, 0, budgets_of(tool, p, 0, truths[0], row=True)[0])
+        ROW[tool](p, 0, replace(told, power=3, shifted=3, vectors=8))
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(json.dumps({"total": after / 1024, "added": (after - before) / 1024}))
 
 
-def prepared(points: list[int]) -> tuple[Any, dict[int, Any]]:
-    import torch
+def measure(args: argparse.Namespace, results: Results) -> dict[str, Any]:
+    from budgets import budgets
     from problem import problem, truth
 
-    torch.set_num_threads(1)
+    from tools import MODULUS, ROW
+
+    wanted = set(args.only or SECTIONS)
     p = problem()
-    truths = {point: truth(p, point) for point in points}
-    p.go(points[0])
-    return p, truths
-
-
-def table(title: str, section: dict[str, dict[str, Any]], targets: dict[str, float], missed: list[str]) -> list[str]:
-    lines = [
-        f"## {title}",
-        "",
-        "| tool | CPU s | ours is faster by | wanted | largest error of an eigenvalue | trace, rms error |",
-    ]
-    lines.append("|---|---|---|---|---|---|")
-    ours = section["ours"]["seconds"]
-    for tool, found in section.items():
-        ratio = median(theirs / mine for theirs, mine in zip(found["seconds"], ours))
-        wanted = targets.get(tool)
-        if wanted and ratio < wanted:
-            missed.append(f"{title}: {ratio:.2f} against {tool}, wanted {wanted}")
-        lines.append(
-            f"| {tool} | {median(found['seconds']):.1f} | {'' if tool == 'ours' else f'{ratio:.2f}'} | {wanted or ''} "
-            f"| {max(found['errors']):.1e} | {format(found['trace'], '.3f') if 'trace' in found else ''} |"
-        )
-    if max(section["ours"]["errors"]) > 0.01:
-        missed.append(f"{title}: our largest eigenvalue error is {max(section['ours']['errors']):.2g}, wanted 0.01")
-    return [*lines, ""]
-
-
-def say(line: str) -> None:
-    print(line, flush=True)
+    prepared = {}
+    for point in range(args.points):
+        truths = truth(p, point)
+        prepared[point] = truths, budgets(p, point, truths)
+    p.go(0)
+    if "product" in wanted and not results.has(section="product"):
+        product_cost(p, results, max(7, args.repeats))
+    if "memory" in wanted:
+        for tool in ("gradient", "ours", *ROW):
+            if not results.has(section="memory", tool=tool):
+                results.add(section="memory", tool=tool, **peak(tool))
+    state: dict[Any, Any] = {"vectors": args.rows_vectors}
+    # Every point once before anything is repeated: a run that is stopped early has all points and fewer repeats.
+    for repeat in range(args.repeats):
+        for point in range(args.points):
+            if "modulus" in wanted:
+                moduli_unit(p, prepared, results, "modulus", point, repeat, list(MODULUS))
+            if "row" in wanted and repeat < args.row_repeats:
+                rows_unit(p, prepared, results, point, repeat, list(ROW), state)
+            if "batches" in wanted:
+                moduli_unit(p, prepared, results, "batches", point, repeat, ["PyHessian"])
+    return {"points": {k: [vars(t) for t in truths] for k, (truths, _) in prepared.items()}, "losses": p.losses}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--points", type=int, default=3)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--only", choices=["product", "modulus", "row", "batches", "memory"], nargs="*")
+    parser.add_argument("--repeats", type=int, default=2, help="of every point's |λ|max")
     parser.add_argument(
-        "--tools", choices=OPPONENTS, nargs="*", default=list(OPPONENTS), help="fewer opponents: a shorter look"
+        "--row-repeats", type=int, default=1, help="of every point's rows, whose ratios spread over the points"
     )
+    parser.add_argument("--rows-vectors", type=int, default=128, help="cap on trace vectors a block, for every tool")
+    parser.add_argument("--only", choices=SECTIONS, nargs="*")
+    parser.add_argument("--resume", action="store_true", help="keep what runs/bench/curvature.jsonl holds")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
     enter_environment()
+    import torch
+    from problem import CACHE
+    from report import report
+
+    torch.set_num_threads(1)
     if args.memory_of:
         memory_of(args.memory_of)
         return
-    wanted = set(args.only or ["product", "modulus", "row", "batches", "memory"])
-    points = list(range(args.points))
-    say("reference answers")
-    p, truths = prepared(points)
-    missed: list[str] = []
-    lines = ["# Curvature benchmark", "", f"Blocks: the {len(truths[0])} layers; loss at the points: {p.losses}.", ""]
-    if "product" in wanted:
-        ratios = product_cost(p, max(5, args.repeats))
-        lines += [
-            f"One further product of the whole model: {median(ratios):.2f} gradients (wanted <= {PRODUCT_TARGET}).",
-            "",
-        ]
-        if median(ratios) > PRODUCT_TARGET:
-            missed.append(f"one further product costs {median(ratios):.2f} gradients")
-    if "modulus" in wanted:
-        say("|λ|max of every layer")
-        section = moduli_section(p, truths, args.repeats, 1, tuple(args.tools))
-        lines += table("|λ|max to 1 % of every layer, one batch", section, TARGETS["|λ|max"], missed)
-    if "batches" in wanted:
-        say("|λ|max of every layer, four batches")
-        section = moduli_section(p, truths, args.repeats, 4, ("PyHessian",))
-        lines += table("|λ|max to 1 % of every layer, four batches", section, TARGETS["batches"], missed)
-    if "row" in wanted:
-        say(f"whole rows at {args.points} points")
-        section = rows_section(p, truths, points, args.repeats, tuple(args.tools))
-        noise = [(t.trace_stderr / t.trace) ** 2 for point in points for t in truths[point]]
-        lines += [
-            f"The reference's own traces: relative standard error {(sum(noise) / len(noise)) ** 0.5:.3f} (rms).",
-            "",
-        ]
-        lines += table(f"whole rows at {args.points} points of a run", section, TARGETS["row"], missed)
-    if "memory" in wanted:
-        lines += [
-            "## Peak memory (MiB), resident",
-            "",
-            "| tool | total | added to model and gradient |",
-            "|---|---|---|",
-        ]
-        for tool in ("gradient", "ours", *args.tools):
-            found = peak(tool)
-            lines.append(f"| {tool} | {found['total']:.0f} | {found['added']:.0f} |")
-        lines.append("")
-    lines += [f"- missed: {m}" for m in missed] or ["All targets met."]
-    report = "\n".join(lines)
-    from problem import CACHE
-
-    (CACHE / "curvature.md").write_text(report + "\n")
-    say(report)
+    results = Results(CACHE / "curvature.jsonl", args.resume)
+    truths = measure(args, results)
+    text, missed = report(results.found, truths)
+    (CACHE / "curvature.md").write_text(text + "\n")
+    print(text)
     sys.exit(1 if missed else 0)
 
 

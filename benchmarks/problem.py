@@ -119,39 +119,64 @@ class Truth:
     lam_min: float
     trace: float
     trace_stderr: float
-    sample_sd: float  # of one Rademacher sample z'Hz: what Hutchinson's estimator has to average away
+    sample_sd: float  # of one Rademacher sample z'Hz: what plain Hutchinson has to average away
 
     @property
     def modulus(self) -> float:
         """|λ|max."""
-        return max(abs(self.lam_max), abs(self.lam_min))
+        return abs(self.dominant)
+
+    @property
+    def dominant(self) -> float:
+        return max(self.lam_max, self.lam_min, key=abs)
+
+    @property
+    def other(self) -> float:
+        """The end that is not dominant."""
+        return min(self.lam_max, self.lam_min, key=abs)
+
+    @property
+    def trace_known(self) -> bool:
+        """Whether the reference is good enough to tell a trace that errs by 10 % from one that does not."""
+        return self.trace_stderr <= 0.1 * abs(self.trace)
 
     def vectors(self, relative_error: float) -> int:
         """Rademacher vectors for a standard error of ``relative_error`` times the trace."""
         return max(2, int(np.ceil((self.sample_sd / (relative_error * abs(self.trace))) ** 2)))
 
 
-def truth(p: Problem, point: int, samples: int = 64) -> list[Truth]:
-    """One per layer; computed once and kept."""
+def truth(p: Problem, point: int, pairs: int = 40) -> list[Truth]:
+    """One per layer; computed once and kept, layer by layer."""
     kept = CACHE / f"truth-{point}.pt"
-    if not kept.exists():
-        p.go(point)
-        found = [reference(p, p.layer(i), samples, seed=100 * point + i) for i in range(LAYERS)]
-        torch.save([vars(t) for t in found], kept)
-    return [Truth(**t) for t in torch.load(kept)]
+    found = torch.load(kept) if kept.exists() else []
+    p.go(point)
+    for i in range(len(found), LAYERS):
+        found.append(vars(reference(p, p.layer(i), pairs, seed=100 * point + i)))
+        torch.save(found, kept)
+    return [Truth(**t) for t in found]
 
 
-def reference(p: Problem, parameters: list[nn.Parameter], samples: int, seed: int) -> Truth:
+def reference(p: Problem, parameters: list[nn.Parameter], pairs: int, seed: int) -> Truth:
+    """Both ends by Lanczos; the trace from ``pairs`` pairs of sign vectors, in which every other matrix changes its sign."""
     product = hessian_product(p, parameters)
     generator = torch.Generator().manual_seed(seed)
     d = sum(t.numel() for t in parameters)
     low, high = ends(product, d, generator)
-    forms = []
-    for _ in range(samples):
+    flip = torch.cat([torch.full((t.numel(),), 1.0) for t in parameters])
+    place = matrices = 0
+    for t in parameters:
+        matrices += t.dim() > 1
+        if t.dim() > 1 and matrices % 2 == 0:
+            flip[place : place + t.numel()] = -1.0
+        place += t.numel()
+    forms = np.empty((pairs, 2))
+    for i in range(pairs):
         z = torch.randint(0, 2, (d,), generator=generator).float() * 2 - 1
-        forms.append(float(z.double() @ product(z).double()))
-    sd = float(np.std(forms, ddof=1))
-    return Truth(high, low, float(np.mean(forms)), sd / samples**0.5, sd)
+        for j, x in enumerate((z, z * flip)):
+            forms[i, j] = float(x.double() @ product(x).double())
+    means = forms.mean(axis=1)
+    plain = float(np.sqrt(forms.var(axis=0, ddof=1).mean()))  # each column alone is plain Hutchinson
+    return Truth(high, low, float(means.mean()), float(means.std(ddof=1) / pairs**0.5), plain)
 
 
 def hessian_product(p: Problem, parameters: list[nn.Parameter]) -> Callable[[Tensor], Tensor]:
@@ -172,7 +197,7 @@ def ends(
 ) -> tuple[float, float]:
     """λ_min and λ_max by Lanczos until both residuals are below 1e-3 of their values (the eigenvalues' errors are far smaller)."""
     low = high = 0.0
-    for low, high, worst in sweep(product, torch.randn(d, generator=generator).double(), most):
+    for low, high, worst, _ in sweep(product, torch.randn(d, generator=generator).double(), most):
         if worst < 1e-3:
             return low, high
     raise SystemExit(
@@ -180,7 +205,10 @@ def ends(
     )
 
 
-def sweep(product: Callable[[Tensor], Tensor], start: Tensor, most: int) -> Iterator[tuple[float, float, float]]:
+def sweep(
+    product: Callable[[Tensor], Tensor], start: Tensor, most: int
+) -> Iterator[tuple[float, float, float, np.ndarray]]:
+    """After each product: both Ritz values, the larger relative residual, the tridiagonal matrix so far."""
     basis = torch.empty(most + 1, len(start), dtype=torch.float64)
     basis[0] = start / start.norm()
     tridiagonal = np.zeros((most, most))
@@ -193,7 +221,7 @@ def sweep(product: Callable[[Tensor], Tensor], start: Tensor, most: int) -> Iter
         values, vectors = np.linalg.eigh(tridiagonal[: k + 1, : k + 1])
         residuals = beta * np.abs(vectors[-1])
         worst = max(residuals[0] / abs(values[0]), residuals[-1] / abs(values[-1]))
-        yield float(values[0]), float(values[-1]), float(worst)
+        yield float(values[0]), float(values[-1]), float(worst), tridiagonal[: k + 1, : k + 1].copy()
         basis[k + 1] = w / beta
         if k + 1 < most:
             tridiagonal[k, k + 1] = tridiagonal[k + 1, k] = beta

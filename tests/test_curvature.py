@@ -15,6 +15,7 @@ from hybridtheory.blocks import Block, partition
 from hybridtheory.curvature import coupling, end_excess, lanczos, margin, mean_estimate, spectrum, traces
 from hybridtheory.errors import UserError
 from hybridtheory.quadrature import negative_part
+from hybridtheory.traces import flipped
 from hybridtheory.vectors import dot
 from tests.test_oracle import dense
 from tests.toys import Quadratic, language_oracle, quadratic_oracle, spectrum_matrix
@@ -162,8 +163,46 @@ def test_trace_forms_split_by_micro_batch() -> None:
     oracle, blocks = language_oracle(rows=2, ragged=True)
     with oracle.products() as hess:
         found = traces(hess, blocks[1:], seed=0, max_vectors=8)["peft"]
-    assert found.forms.shape == (8, 3)
+    assert found.forms.shape == (4, 3)  # eight vectors are four pairs
     assert found.forms.sum(axis=1).mean() == pytest.approx(found.trace.value, rel=1e-12)
+
+
+def test_a_pair_cancels_what_couples_alternate_matrices() -> None:
+    """Var z'Hz of a pair is 2 Σ H_ij² over the pairs i ≠ j that share a sign: exactly nothing where only coupling is left."""
+    within = torch.cat([torch.full((8,), 3.0), torch.full((8,), -1.0)]).double()
+    mixed = torch.randn(8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    H = torch.diag(within)
+    H[:8, 8:], H[8:, :8] = mixed, mixed.T
+    oracle, blocks = _single(H)  # two tensors of eight numbers
+    with oracle.products() as hess:
+        found = traces(hess, blocks, seed=0, pilot=8, max_vectors=8)["base"]
+    assert found.trace.value == pytest.approx(16.0, rel=1e-12) and found.trace.stderr == pytest.approx(0, abs=1e-12)
+    assert found.trace.n == 8 and found.forms.shape == (4, 1)
+    assert found.trace_sq.value == pytest.approx(float((H**2).sum()), abs=5 * (found.trace_sq.stderr or 0.0))
+
+
+def test_vectors_go_on_in_pairs_only_where_that_pays() -> None:
+    """Where nothing couples the two halves a pair is one sample for the price of two: the rest is drawn independently."""
+    H = spectrum_matrix(DECAY)
+    H[:50, 50:] = 0.0
+    H[50:, :50] = 0.0
+    oracle, blocks = _single(H)
+    with oracle.products() as hess:
+        apart = traces(hess, blocks, seed=0, tol=1e-3, max_vectors=2048, chunk=64)["base"]
+    pair_variance = 2 * float((H**2).sum() - (H.diagonal() ** 2).sum())
+    assert apart.trace.n == 2048 and apart.trace.stderr is not None
+    # 1,024 samples of two independent vectors each; pairs would have twice this variance.
+    assert apart.trace.stderr**2 * 2048 == pytest.approx(pair_variance, rel=0.25)
+    assert abs(apart.trace.value - float(H.trace())) <= 5 * apart.trace.stderr
+
+
+def test_every_other_matrix_is_flipped() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.LayerNorm(3), torch.nn.Linear(3, 2))
+    (block,) = partition(model)
+    signs = dict(zip(block.parameters, flipped(block), strict=True))
+    assert [name for name, flip in signs.items() if flip] == ["2.weight"]
+    (vectors,) = partition(Quadratic(torch.eye(4, dtype=torch.float64), 2))
+    assert flipped(vectors) == [False, True]
 
 
 def test_a_trace_that_is_zero_is_not_resolved() -> None:

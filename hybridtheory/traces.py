@@ -1,0 +1,168 @@
+"""Traces of Hessian blocks by Hutchinson's estimator, with standard errors and a stopping rule.
+
+What a trace costs is the noise of its samples, Var z'Hz = 2 Σ_{i≠j} H_ij² for random signs z. In a network nearly all of it comes from
+matrices that multiply each other (attention's with the projection behind them, the two of an MLP, the two of LoRA): the mixed
+derivative of a product is large and random, and has no trace. So the vectors come in pairs z, s∘z, where s flips every other
+matrix of a block: in the mean of the two samples every term between a flipped and an unflipped tensor cancels exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from hybridtheory import streams
+from hybridtheory.blocks import Block, split
+from hybridtheory.estimate import Estimate
+from hybridtheory.lanczos import Lanczos
+from hybridtheory.oracle import Products
+from hybridtheory.vectors import Tensors, add_, dot
+
+
+@dataclass(frozen=True)
+class Traces:
+    """Of one block: tr H_bb; Σ_c ‖H_bc‖²_F over the blocks that shared the products (tr H² when the block was alone)."""
+
+    trace: Estimate
+    trace_sq: Estimate
+    forms: np.ndarray = field(
+        repr=False
+    )  # (n, micro-batches): z'H_i z, the parts of n independent samples (a pair is one)
+
+
+def traces(
+    hess: Products,
+    blocks: Sequence[Block],
+    seed: int,
+    tol: float = 0.1,
+    pilot: int = 8,
+    max_vectors: int = 128,
+    chunk: int | None = None,
+    index: int = 0,
+    beside: Lanczos | None = None,
+) -> dict[str, Traces]:
+    """Hutchinson's trace of every block out of shared products: z_b'(Hz)_b with Rademacher z over all ``blocks``.
+
+    ``beside``: a Lanczos run on the same single block, with its basis V. On its span the trace is known (tr V'HV, no product
+    needed), so the vectors sample the rest only: with the extreme eigenvalues gone their variance is what the bulk leaves (the
+    idea of Hutch++, Meyer et al. 2021).
+
+    Each sample is unbiased for every block at once; the price is the noise of the coupling between blocks, so PEFT and base blocks
+    are measured in separate calls. Two stages, so that the stopping rule cannot bias the answer: ``pilot`` vectors, in pairs, say
+    what pairs cancel, hence whether pairs or independent vectors need fewer products, and the number that reaches the relative
+    standard error ``tol`` for every block (capped by ``max_vectors``); then all of them are averaged. "Not resolved" means a standard
+    error above a third of the value.
+    """
+    flips = {b.name: flipped(b) for b in blocks}
+    unit = 2 if any(any(f) for f in flips.values()) else 1  # products in an independent sample
+    samples: dict[str, list[list[float]]] = {b.name: [] for b in blocks}
+    squares: dict[str, list[float]] = {b.name: [] for b in blocks}
+    count = 0
+    known = known_sq = 0.0
+    known_parts: np.ndarray | None = None
+    if beside is not None and beside.basis is not None and len(blocks) == 1:
+        known = float(beside.alphas.sum())
+        known_sq = float((beside.alphas**2).sum() + 2 * (beside.betas**2).sum() + beside.last_beta**2)
+        known_parts = None if beside.forms is None else beside.forms.sum(axis=0)
+    else:
+        beside = None
+    # Vectors that go through one graph together: as many as fit in half a gigabyte, each with its product.
+    size_of_one = sum(t.numel() * t.element_size() for b in blocks for t in b.tensors)
+    chunk = chunk or max(1, min(8, (1 << 28) // max(size_of_one, 1)))
+
+    def probe(block: Block, number: int, paired: bool) -> Tensors:
+        second = paired and number % 2 == 1
+        z = streams.rademacher(block, seed, "trace", index, number - second)
+        if second:
+            z = [-t if flip else t for t, flip in zip(z, flips[block.name], strict=True)]
+        return z if beside is None else _outside(z, beside.basis or [])
+
+    def draw(until: int, paired: bool) -> None:
+        nonlocal count
+        while count < until:
+            size = min(chunk, until - count)
+            per_block = [[probe(b, count + j, paired) for b in blocks] for j in range(size)]
+            vectors = [[t for part in z for t in part] for z in per_block]
+            forms: list[list[list[float]]] = [[[] for _ in blocks] for _ in range(size)]
+            totals: list[Tensors] = [[] for _ in range(size)]
+            for _, hvs in hess.each(vectors, blocks):
+                for j, hv in enumerate(hvs):
+                    for i, (part, z) in enumerate(zip(split(hv, blocks), per_block[j], strict=True)):
+                        forms[j][i].append(dot(z, part))
+                    totals[j] = add_(totals[j], hv) if totals[j] else hv
+            for j in range(size):
+                for i, (block, part) in enumerate(zip(blocks, split(totals[j], blocks), strict=True)):
+                    samples[block.name].append(forms[j][i])
+                    squares[block.name].append(dot(part, part))
+            count += size
+
+    most = max(max_vectors // unit, 1) * unit
+    draw(min(pilot + pilot % unit, most), paired=unit == 2)
+    paired, wanted = _plan([np.array([sum(s) for s in samples[b.name]]) + known for b in blocks], unit, tol)
+    draw(min(max(wanted, count), most), paired)
+    result = {}
+    for b in blocks:
+        cut = {len(parts) for parts in samples[b.name]}
+        # Where memory ran out midway the micro-batches changed, and only the sums of the parts still compare.
+        forms = np.array(samples[b.name] if len(cut) == 1 else [[sum(parts)] for parts in samples[b.name]])
+        if known_parts is not None and len(known_parts) == forms.shape[1]:
+            forms = forms + known_parts
+        elif beside is not None:
+            forms = forms.sum(axis=1, keepdims=True) + known
+        forms = forms.reshape(-1, unit, forms.shape[1]).mean(axis=1)
+        squared = np.array(squares[b.name]).reshape(-1, unit).mean(axis=1) + known_sq
+        result[b.name] = Traces(mean_estimate(forms.sum(axis=1), unit), mean_estimate(squared, unit), forms)
+    return result
+
+
+def flipped(block: Block) -> list[bool]:
+    """Every other matrix of a block, in its order (every other tensor where no two are matrices): what a pair's second vector negates."""
+    matrices = [t.dim() > 1 for t in block.tensors]
+    chosen = matrices if sum(matrices) > 1 else [True] * len(matrices)
+    order = np.cumsum(chosen)
+    return [bool(c and k % 2 == 0) for c, k in zip(chosen, order, strict=True)]
+
+
+def _plan(pilots: Sequence[np.ndarray], unit: int, tol: float) -> tuple[bool, int]:
+    """Whether vectors go on in pairs, and how many are needed for every block; ``pilots``: z'Hz of the pilot's vectors, a block each."""
+    needed = {True: 0, False: 0}
+    for values in pilots:
+        samples = values.reshape(-1, unit)
+        means = samples.mean(axis=1)
+        within = float(means.var(ddof=1)) if len(means) > 1 else math.inf
+        # Half a pair's difference is what cancels: its mean is zero, so its mean square is its variance.
+        between = float(((samples[:, 0] - samples[:, -1]) ** 2).mean() / 4)
+        # The pilot's own mean may be near zero by chance: what it can at least be told from is its standard error.
+        target = tol * max(abs(float(means.mean())), math.sqrt(within / len(means)), 1e-300)
+        for pairs, variance in ((True, unit * within), (False, within + between)):
+            # A fifth more than the pilot asks for: its own spread is uncertain by that much.
+            vectors = min(1.2 * variance / target**2, 1e9)
+            needed[pairs] = max(needed[pairs], unit * math.ceil(vectors / unit))
+    paired = unit == 2 and needed[True] <= needed[False]
+    return paired, needed[paired]
+
+
+def _outside(z: Tensors, basis: Tensors) -> Tensors:
+    """z minus its part in the span of the basis."""
+    coefficients = torch.stack([rows @ t.reshape(-1) for rows, t in zip(basis, z, strict=True)]).sum(0)
+    return [t - (coefficients @ rows).view_as(t) for rows, t in zip(basis, z, strict=True)]
+
+
+def mean_estimate(values: Sequence[float] | np.ndarray, each: int = 1) -> Estimate:
+    """Mean with its standard error; not resolved above a third of the value, or with fewer than two samples.
+
+    ``each``: vectors behind one value. They are what n counts; the standard error rests on the values.
+    """
+    array = np.asarray(values, dtype=float)
+    n = len(array)
+    stderr = float(array.std(ddof=1) / math.sqrt(n)) if n > 1 else None
+    value = float(array.mean())
+    resolved = stderr is not None and stderr <= abs(value) / 3
+    note = (
+        "" if resolved else f"standard error {stderr if stderr is not None else math.nan:.2g} after {n * each} vectors"
+    )
+    return Estimate(value, stderr=stderr, n=n * each, resolved=resolved, note=note)
