@@ -12,8 +12,9 @@ def used(device: torch.device) -> int:
 
 
 def free(device: torch.device, limit: int | None = None) -> int:
-    """Bytes that may still be taken: what the machine has available, or what is left under ``limit``."""
+    """Bytes that may still be taken: nine tenths of what the machine has available, or what is left under ``limit``."""
     available = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    available = available * 9 // 10
     return max(available if limit is None else min(available, limit - used(device)), 0)
 
 

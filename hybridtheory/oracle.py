@@ -34,6 +34,10 @@ _Product = Callable[
     [Tensors, list[int], list[Tensor]], Tensors
 ]  # (tangents, their slots, tensors wanted) -> H v on those
 
+# Vectors as large as the blocks that a product and the iteration around it hold at once: the sum so far, the part of one micro-batch,
+# what autograd adds up meanwhile, the iteration's last vector.
+VECTORS = 4
+
 
 class Objective(Protocol):
     """What f is. ``forward`` is kept apart from ``loss`` so that the Gauss-Newton matrix can be had too."""
@@ -214,7 +218,7 @@ class Oracle:
 
 
 class Products:
-    """v -> H v. Graphs of micro-batches are kept while they fit in memory and rebuilt when they do not: the numbers are the same.
+    """v -> H v. As many graphs of micro-batches as fit in memory are kept, the others rebuilt each time: the numbers are the same.
 
     One graph serves every pair of blocks: a product names the blocks its tangent lives on (``inp``) and those it is wanted on
     (``out``), and autograd visits only what connects the two.
@@ -225,7 +229,7 @@ class Products:
         self._tensors = [t for b in self.blocks for t in b.tensors]
         self._slot = {id(t): i for i, t in enumerate(self._tensors)}
         self._kept: dict[int, _Product] = {}
-        self._all_fit: bool | None = None
+        self._keep = True  # until a graph would leave too little room
 
     def __call__(self, v: Tensors, inp: Blocks = None, out: Blocks = None) -> Tensors:
         """H[out, inp] v: tensors aligned with ``out``'s (``out`` defaults to ``inp``, ``inp`` to all blocks of the context)."""
@@ -253,7 +257,7 @@ class Products:
                 results = [product(v, rows, wanted) for v in vectors]
             except (RuntimeError, MemoryError) as error:
                 self._kept.clear()  # other micro-batches' graphs may be what is in the way; from now on none is kept
-                self._all_fit = False
+                self._keep = False
                 self.oracle.halve(i, error)
                 continue
             del product
@@ -272,11 +276,13 @@ class Products:
         build = _hessian if self.oracle.curvature == "hessian" else _gauss_newton
         product = build(self.oracle, self.oracle.batches[i], self._tensors)
         self.oracle.calls["graph"] += 1
-        if self._all_fit is None:
-            size = max(memory.used(self.oracle.device) - before, 0)
-            rest = size * (len(self.oracle.batches) - 1)
-            self._all_fit = rest <= memory.free(self.oracle.device, self.oracle.memory_limit) // 2
-        if self._all_fit:
+        if self._keep:
+            # Room for what products and iterations hold beside the graphs, and for the next graph, kept or not.
+            room = VECTORS * sum(t.numel() * t.element_size() for t in self._tensors)
+            if i + 1 < len(self.oracle.batches):
+                room += max(memory.used(self.oracle.device) - before, 0)
+            self._keep = memory.free(self.oracle.device, self.oracle.memory_limit) >= room
+        if self._keep:
             self._kept[i] = product
         return product
 
