@@ -104,9 +104,9 @@ def hybrid_sweep(
         if max_minutes is not None and not max_minutes > 0:
             raise UserError(f"--max-minutes is a positive number, not {max_minutes}")
         until = None if max_minutes is None else time.time() + 60 * max_minutes
-        from probes import sweep_study
+        from probes import sweep_description
 
-        study = sweep_study.read(description, changes or [])
+        study = sweep_description.read(description, changes or [])
         if dry_run:
             return _plan(console, study)
         folder = out or _folder(description, resume)

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy import stats
 
-from probes.chosen_rates import moved
 from probes.records_sweep import Cell
 from probes.sweep_lines import ENDED, Place, State
 
@@ -97,8 +96,8 @@ def tables(states: Sequence[State], target: float = 0.5) -> list[Table]:
 
 def _best(method: str, states: Sequence[State]) -> tuple[str, Place] | None:
     """(axis, place) of the least mean loss among lines on which the method moves all that it can."""
-    both = len(moved(method)) == 2
-    lines = [s for s in states if s.line.method == method and not (both and s.line.axis in ("base", "peft"))]
+    own = [s for s in states if s.line.method == method]
+    lines = [s for s in own if len(s.line.groups) == 1 or s.line.axis not in ("base", "peft")]
     found = [(s.known[p.place].loss, s.line.axis, p) for s in lines for p in s.whole]
     return min(found, key=lambda f: f[0])[1:] if found else None
 

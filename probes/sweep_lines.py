@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from hybridtheory.optimum import Optimum, boundary, clipped, optimum
-from probes.chosen_rates import MEASURED, moved
 from probes.records_sweep import Cell
 from probes.sweep_grid import Score, best_of, canonical, edge, ends, wanted
 from probes.sweep_study import Line, Study
@@ -53,7 +52,7 @@ class State:
 
     def rates(self, place: float) -> tuple[float | None, float | None]:
         """(lr_base, lr_peft) at a place; None for a block that the method does not move."""
-        axis, groups = self.line.axis, moved(self.line.method)
+        axis, groups = self.line.axis, self.line.groups
         if axis in ("base", "peft"):
             base, peft = (place, 0.0) if axis == "base" else (0.0, place)
         elif axis in ("fixed", "predicted"):
@@ -172,25 +171,12 @@ class Lines:
             rates = {g: entry[g]["value"] for g in ("base", "peft") if entry.get(g) and entry[g]["value"]}
             if len(rates) == 2:
                 rates = {g: canonical(r) for g, r in rates.items()}
-                more.append(
-                    Line(
-                        line.task,
-                        line.method,
-                        "predicted",
-                        line.horizon,
-                        line.amount,
-                        line.seeds,
-                        line.train,
-                        None,
-                        rates,
-                    )
-                )
+                more.append(replace(line, axis="predicted", grid=None, rates=rates))
         return [*self.study.lines, *more]
 
     def predictions(self, line: Line) -> list[Mapping[str, Any]]:
         """Entries about this line's task and horizon, for methods whose steps the rules are about."""
-        groups = moved(line.method)
-        if not all(line.method in MEASURED[g] for g in groups):
+        if not line.plain:
             return []
         steps = line.amount if line.horizon == "steps" else None
         return [e for e in self.entries if e["task"] == line.task and e.get("steps") in (None, steps)]

@@ -9,8 +9,9 @@ from typing import Any
 from hybridtheory.optimizers import METHODS
 from probes.records_sweep import Cell, SweepTask
 from probes.sweep_cell import Work, identity
+from probes.sweep_description import settings_of
 from probes.sweep_lines import Lines, State
-from probes.sweep_study import Line, Study, settings_of
+from probes.sweep_study import Line, Study
 from probes.train_settings import TrainSettings
 
 Tasks = Mapping[tuple[str, int], SweepTask]

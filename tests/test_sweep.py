@@ -16,10 +16,10 @@ from tiny_models import FILMS, write
 from typer.testing import CliRunner
 
 from hybridtheory.errors import UserError
-from probes import cli_sweep, jsonl, rundir, sweep, sweep_cell, sweep_study, train
+from probes import cli_sweep, jsonl, rundir, sweep, sweep_cell, sweep_description, sweep_study, train
 from probes import records as R
+from probes.sweep_description import study
 from probes.sweep_lines import Lines
-from probes.sweep_study import study
 from probes.sweep_work import half, work
 
 SMALL = {
@@ -99,7 +99,7 @@ def test_with_one_rate_zero_the_half_that_moves_gives_the_same_loss(one, method,
     place = 1e-2
     cheap = one(axis, place, method=method)
     assert cheap.settings.method != method
-    settings = sweep_study.settings_of(
+    settings = sweep_description.settings_of(
         next(x for x in [replace_line(cheap)]), *(place if axis == "base" else 0.0, place if axis == "peft" else 0.0), 0
     )
     whole = replace(cheap, settings=settings)
@@ -111,14 +111,17 @@ def test_with_one_rate_zero_the_half_that_moves_gives_the_same_loss(one, method,
 def replace_line(made) -> sweep_study.Line:
     f = made.fields
     train = {"batch": 4, "eval_rows": 8, "eval_data": "train", "eval_every": 0, "final_rows": 8}
-    return sweep_study.Line(f["task"], f["method"], f["axis"], f["horizon"], f["amount"], (0,), train, None)
+    groups = ("base", "peft")
+    return sweep_study.Line(
+        f["task"], f["method"], f["axis"], f["horizon"], f["amount"], (0,), groups, True, train, None
+    )
 
 
 def test_halves_are_for_budgets_of_steps(one):
     line = replace_line(one("base", 1e-2))
-    settings = sweep_study.settings_of(replace(line, horizon="budget", amount=40), 1e-2, 0.0, 0)
+    settings = sweep_description.settings_of(replace(line, horizon="budget", amount=40), 1e-2, 0.0, 0)
     assert half(replace(line, horizon="budget"), settings) is settings
-    assert half(line, sweep_study.settings_of(line, 1e-2, 0.0, 0)).method == "mezo"
+    assert half(line, sweep_description.settings_of(line, 1e-2, 0.0, 0)).method == "mezo"
 
 
 @pytest.mark.parametrize(("horizon", "amount"), [("budget", 20), ("tokens", 400), ("seconds", 0.05)])

@@ -15,8 +15,8 @@ from hybridtheory.errors import UserError
 from probes import predictions, rundir, sweep_figures, sweep_report, sweep_study
 from probes import records as R
 from probes.sweep_compare import holm, over_tasks, to_target
+from probes.sweep_description import study
 from probes.sweep_lines import Lines
-from probes.sweep_study import study
 from probes.sweep_work import work
 
 
