@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -30,13 +30,13 @@ from hybridtheory.vectors import Tensors, add_, zeros
 Batch = Any
 Blocks = Block | Sequence[Block] | None
 T = TypeVar("T")
+ENGINES = ("exact", "difference", "forward")
 _Product = Callable[
     [Tensors, list[int], list[Tensor]], Tensors
 ]  # (tangents, their slots, tensors wanted) -> H v on those
 
-# Vectors as large as the blocks that a product and the iteration around it hold at once: the sum so far, the part of one micro-batch,
-# what autograd adds up meanwhile, the iteration's last vector.
-VECTORS = 4
+# Vectors as large as the blocks that a product holds at once: the sum so far, the part of one micro-batch, what autograd adds up.
+VECTORS = 3
 
 
 class Objective(Protocol):
@@ -101,7 +101,14 @@ class Oracle:
         blocks: Sequence[Block],
         curvature: str = "hessian",
         memory_limit: int | None = None,
+        engine: str = "exact",
     ) -> None:
+        """``engine``: "exact" (double backward), "difference" (of gradients; `difference`) or "forward" (values only)."""
+        if engine not in ENGINES:
+            raise UserError(f"an oracle's engine is one of {', '.join(ENGINES)}, not {engine!r}")
+        if engine != "exact" and curvature != "hessian":
+            raise UserError(f"--curvature {curvature} needs second derivatives: choose --engine exact")
+        self.engine = engine
         if not batches:
             raise UserError("there is no data to measure on: the list of batches is empty")
         if curvature not in ("hessian", "ggn"):
@@ -123,7 +130,7 @@ class Oracle:
 
     def loss(self, batch: Batch) -> Tensor:
         """Sum of the loss over one micro-batch, with its graph."""
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH) if self.engine == "exact" else nullcontext():
             return self.objective.loss(self.objective.forward(self.model, batch), batch)
 
     @torch.no_grad()
@@ -147,6 +154,8 @@ class Oracle:
         self, *blocks: Block, rows: Sequence[int] | None = None
     ) -> Iterator[tuple[float, float, list[Tensors]]]:
         """Per micro-batch: its weight's share s_b, its mean loss, and s_b times its gradient per block (they sum to the gradient)."""
+        if self.engine == "forward":
+            raise UserError("a gradient was asked for, and --engine forward takes none: choose --engine difference")
         blocks = blocks or tuple(self.blocks)
         tensors = [t for b in blocks for t in b.tensors]
         picked = list(range(len(self.batches)) if rows is None else rows)
@@ -209,8 +218,16 @@ class Oracle:
     def products(self, *blocks: Block) -> Iterator[Products]:
         """The Hessian between ``blocks`` (default: all) as a map v -> H v; the graphs of the gradient live inside the context."""
         blocks = blocks or tuple(self.blocks)
-        with _requires_grad(self.model, [t for b in blocks for t in b.tensors]):
-            products = Products(self, blocks)
+        if self.engine == "forward":
+            raise UserError("a Hessian product was asked for, and --engine forward takes none: choose --engine difference")
+        from hybridtheory.difference import Differences, widened
+
+        exact = self.engine == "exact"
+        with (
+            nullcontext() if exact else widened(self.model),
+            _requires_grad(self.model, [t for b in blocks for t in b.tensors]),
+        ):
+            products = Products(self, blocks) if exact else Differences(self, blocks)
             try:
                 yield products
             finally:
@@ -277,10 +294,12 @@ class Products:
         product = build(self.oracle, self.oracle.batches[i], self._tensors)
         self.oracle.calls["graph"] += 1
         if self._keep:
-            # Room for what products and iterations hold beside the graphs, and for the next graph, kept or not.
-            room = VECTORS * sum(t.numel() * t.element_size() for t in self._tensors)
+            # Room for what a product holds beside the graphs, and for the next graph, kept or not. What building this one took
+            # includes its gradients, whose memory is used again.
+            vector = sum(t.numel() * t.element_size() for t in self._tensors)
+            room = VECTORS * vector
             if i + 1 < len(self.oracle.batches):
-                room += max(memory.used(self.oracle.device) - before, 0)
+                room += max(memory.used(self.oracle.device) - before - vector, 0)
             self._keep = memory.free(self.oracle.device, self.oracle.memory_limit) >= room
         if self._keep:
             self._kept[i] = product
