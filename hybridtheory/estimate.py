@@ -14,6 +14,7 @@ class Estimate:
     upper       one-sided bound that holds with probability ``confidence`` over the random start. For a smallest eigenvalue it
                 bounds from below (it is the outer bound of its end).
     lower       with it ``upper`` is the other end of an interval that holds the number with probability ``confidence``
+    numerical   half-width of a 95 % interval around what exact products give for the same vectors; None: the products were exact
     n           vectors, or Lanczos steps
     """
 
@@ -26,12 +27,13 @@ class Estimate:
     resolved: bool = True
     note: str = ""
     lower: float | None = None
+    numerical: float | None = None
 
     def times(self, factor: float) -> Estimate:
         """The same evidence in units larger by a known positive factor."""
-        scaled = (None if x is None else factor * x for x in (self.stderr, self.residual, self.upper, self.lower))
-        stderr, residual, upper, lower = scaled
-        return replace(self, value=factor * self.value, stderr=stderr, residual=residual, upper=upper, lower=lower)
+        names = ("stderr", "residual", "upper", "lower", "numerical")
+        scaled = {n: None if getattr(self, n) is None else factor * getattr(self, n) for n in names}
+        return replace(self, value=factor * self.value, **scaled)
 
 
 @dataclass(frozen=True)

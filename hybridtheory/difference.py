@@ -1,0 +1,218 @@
+"""The engine ``difference``: Hessian products from central differences of gradients, each number with the error that this makes.
+
+    D(h) v = (g(w + h v) - g(w - h v)) / 2h = H v + h² c + O(h⁴) + rounding / h
+
+Nothing is differentiated twice, so it serves what the exact engine cannot: fused attention, reentrant checkpointing, sharded weights,
+models whose graph of the gradient does not fit. The step is a share of the weights, tensor by tensor, along the direction. Lanczos runs
+on plain quotients: the error of a Ritz vector enters its Rayleigh quotient v'Hv squared. What is reported is then v'Hv at the final
+vector from six steps, a fit of a + b h² (Richardson's extrapolation by least squares) whose residuals give the rounding, and with it a
+t-interval; the steps are moved until the h⁴ that the fit leaves out is small beside the rounding. Traces extrapolate every vector
+from two steps, and a third one on the first vectors gives the rounding.
+
+A loss computed in 16 bits is a staircase, and no step serves both its treads and its curvature (docs/log.md): 16-bit models are
+evaluated in float32 at their own weights while the differences are taken.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from scipy.stats import t as student
+from torch import Tensor, nn
+
+from hybridtheory.blocks import Block, split
+from hybridtheory.oracle import Products
+from hybridtheory.vectors import Tensors, add_, clone, dot, norm, scale_
+
+if TYPE_CHECKING:
+    from hybridtheory.oracle import Oracle
+
+MULTIPLES = np.linspace(1.0, 3.0, 7)  # steps of a fit, in units of the first
+LADDER = tuple(0.1 * 4.0**-k for k in range(9))  # shares of the weights at which a step is looked for
+WANTED = 1.0  # the fit's h⁴ at its steps, in units of its rounding: h⁶ is then well below
+FITS = 3  # with smaller and smaller steps, at most
+PILOT = 8  # vectors of a trace that get a third step
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Form:
+    """v'Hv from several steps. ``stderr`` is rounding's, with ``dof`` degrees of freedom; ``radius``: the share of the weights at
+    which h² c would be as large as v'Hv; ``bias``: what the h⁴ left out may amount to."""
+
+    value: float
+    stderr: float
+    dof: int
+    share: float
+    radius: float
+    bias: float
+    parts: np.ndarray  # (micro-batches,) at the first step
+
+    @property
+    def halfwidth(self) -> float:
+        """Of the 95 % interval."""
+        return float(student.ppf(0.5 + CONFIDENCE / 2, self.dof)) * self.stderr + self.bias
+
+    @property
+    def settled(self) -> bool:
+        """Good to a millionth, whichever error is larger."""
+        return self.halfwidth <= 1e-6 * abs(self.value)
+
+
+class Differences(Products):
+    """The same map as `Products`, from differences of gradients."""
+
+    def __init__(self, oracle: Oracle, blocks: Sequence[Block]) -> None:
+        super().__init__(oracle, blocks)
+        self._sizes = _sizes(blocks)
+        precision = max(torch.finfo(t.dtype).eps for t in self._tensors)
+        # Rounding falls with 1/h and what a fit leaves out grows with h⁴, hence the fifth root; curvature changes over some
+        # thousandths of the weights along the sharpest directions of small models. Only a start: `form` moves it.
+        self.share = 3e-3 * precision**0.2
+
+    def _product(self, i: int) -> partial[Tensors]:  # type: ignore[override]
+        return partial(self._difference, i)
+
+    def _difference(self, i: int, v: Tensors, rows: list[int], wanted: list[Tensor]) -> Tensors:
+        return self._quotient(i, v, rows, wanted, self.share / self.relative(v, rows))
+
+    def relative(self, v: Tensors, rows: Sequence[int]) -> float:
+        """‖v‖ in units of the weights, tensor by tensor: h times it is the share of them that a step of h moves."""
+        return math.sqrt(sum(dot([x], [x]) / self._sizes[r] ** 2 for r, x in zip(rows, v, strict=True))) or 1.0
+
+    def _quotient(self, i: int, v: Tensors, rows: Sequence[int], wanted: list[Tensor], h: float) -> Tensors:
+        tensors = [self._tensors[r] for r in rows]
+        kept = clone(tensors)
+        try:
+            _put(tensors, kept, v, h)
+            plus = self._gradient(i, wanted)
+            _put(tensors, kept, v, -h)
+            minus = self._gradient(i, wanted)
+        finally:
+            _put(tensors, kept, v, 0.0)
+        return scale_(add_(plus, minus, -1.0), 0.5 / h)
+
+    def _gradient(self, i: int, wanted: list[Tensor]) -> Tensors:
+        """By ``backward``, which sharded and reentrantly checkpointed modules need; ``.grad`` is as found afterwards."""
+        before = [t.grad for t in self._tensors]
+        try:
+            for t in self._tensors:
+                t.grad = None
+            (self.oracle.loss(self.oracle.batches[i]) / self.oracle.total_weight).backward()
+            if i == 0:
+                self.oracle.calls["gradient"] += 1
+            return [torch.zeros_like(t) if t.grad is None else t.grad for t in wanted]
+        finally:
+            for t, grad in zip(self._tensors, before, strict=True):
+                t.grad = grad
+
+    def form(self, v: Tensors, blocks: Block | Sequence[Block], share: float | None = None) -> Form:
+        """v'Hv, v living on ``blocks``, with its error; ``share``: of the weights, the first of the steps, where it is known."""
+        blocks = [blocks] if isinstance(blocks, Block) else list(blocks)
+        rows = [self._slot[id(t)] for b in blocks for t in b.tensors]
+        relative = self.relative(v, rows)
+        if share is None:
+            share = self._search(v, blocks, rows, relative)
+        for _ in range(FITS):
+            steps = share / relative * MULTIPLES
+            found = _fit(share, steps, np.array([self._parts(v, blocks, rows, h) for h in steps]))
+            if found.bias <= found.stderr or found.settled:
+                break
+            share *= max((0.1 * found.stderr / found.bias) ** (1 / 7), 0.1)
+        # The last fit, not the one with the least error: the luckiest residuals would be chosen, and cover too little.
+        return found
+
+    def radius(self, v: Tensors, blocks: Block | Sequence[Block]) -> tuple[float, float]:
+        """The share of the weights at which h² c would be as large as v'Hv, from the first two rungs that nearly agree; and v'Hv there."""
+        blocks = [blocks] if isinstance(blocks, Block) else list(blocks)
+        rows = [self._slot[id(t)] for b in blocks for t in b.tensors]
+        relative = self.relative(v, rows)
+        share, change = LADDER[0], 1.0
+        rung = below = sum(self._parts(v, blocks, rows, share / relative))
+        for lower in LADDER[1:]:
+            below = sum(self._parts(v, blocks, rows, lower / relative))
+            change = abs(rung - below) / max(abs(below), 1e-300)
+            if change <= 0.1:
+                break
+            share, rung = lower, below
+        return share / math.sqrt(max(change, 1e-4)), below
+
+    def _search(self, v: Tensors, blocks: Sequence[Block], rows: list[int], relative: float) -> float:
+        """The share at which what a fit leaves out is `WANTED` of the rounding."""
+        radius, value = self.radius(v, blocks)
+        # Rounding of v'g: what a sum of |g|'s terms leaves, six times over (measured on small models).
+        gradient = self.gradient(*blocks)
+        size = math.sqrt(sum((norm([x]) * norm([g])) ** 2 / x.numel() for x, g in zip(v, gradient, strict=True)))
+        precision = max(torch.finfo(t.dtype).eps for t in self._tensors)
+        rounding = 3 * precision * size * relative / max(abs(value), 1e-300)  # relative to v'Hv, at a share of 1
+        return float(min((WANTED * rounding * radius**4) ** 0.2, radius / 10, LADDER[0]))
+
+    def gradient(self, *blocks: Block) -> Tensors:
+        """Of the whole loss on the blocks' tensors."""
+        total: Tensors = []
+        for i in range(len(self.oracle.batches)):
+            part = self._gradient(i, [t for b in blocks for t in b.tensors])
+            total = add_(total, part) if total else part
+        return total
+
+    def _parts(self, v: Tensors, blocks: Sequence[Block], rows: list[int], h: float) -> list[float]:
+        wanted = [self._tensors[r] for r in rows]
+        return [dot(v, self._quotient(i, v, rows, wanted, h)) for i in range(len(self.oracle.batches))]
+
+
+def _fit(share: float, steps: np.ndarray, parts: np.ndarray) -> Form:
+    """Least squares of a + b h² + c h⁴ with weights h² (rounding is the same in every gradient). ``parts``: (steps, micro-batches).
+
+    Two terms would do in the mean; where v'Hv is a sum that nearly cancels, h⁴ is not what b leads to expect.
+    """
+    y, weight = parts.sum(axis=1), MULTIPLES
+    design = np.stack([np.ones_like(steps), MULTIPLES**2, MULTIPLES**4], axis=1)
+    inverse = np.linalg.pinv(design * weight[:, None])
+    a, b, c = (float(x) for x in inverse @ (y * weight))
+    left = (y - design @ np.array([a, b, c])) * weight
+    dof = len(steps) - design.shape[1]
+    stderr = math.sqrt(float(left @ left) / dof * float(inverse[0] @ inverse[0]))
+    size = max(abs(a), abs(float(y[0])), 1e-300)
+    # The terms go down as a geometric series would: h⁶ is to h⁴ as h² to 1.
+    bias = abs(c * b / size * float(inverse[0] @ (MULTIPLES**6 * weight)))
+    radius = share * math.sqrt(size / abs(b)) if b else math.inf
+    return Form(a, stderr, dof, share, radius, bias, parts[0])
+
+
+def _sizes(blocks: Sequence[Block]) -> list[float]:
+    """Norm of every tensor; one that is zero (a fresh adapter, a bias) counts as its block's weights in the mean."""
+    found = []
+    for b in blocks:
+        overall = norm(b.tensors) / math.sqrt(b.numel) or 1.0
+        found += [norm([t]) or overall * math.sqrt(t.numel()) for t in b.tensors]
+    return found
+
+
+@torch.no_grad()
+def _put(tensors: Sequence[Tensor], kept: Sequence[Tensor], v: Sequence[Tensor], h: float) -> None:
+    """Weights = kept + h v in place, since a sharded module does not see its tensors replaced; bit for bit kept at h = 0."""
+    for t, w, x in zip(tensors, kept, v, strict=True):
+        t.copy_(w)
+        if h:
+            t.add_(x, alpha=h)
+
+
+@contextmanager
+def widened(model: nn.Module) -> Iterator[None]:
+    """16-bit parameters and buffers are float32 inside (exactly the same numbers) and the tensors that they were after."""
+    narrow = [t for t in (*model.parameters(), *model.buffers()) if t.dtype in (torch.bfloat16, torch.float16)]
+    kept = [t.data for t in narrow]
+    try:
+        for t in narrow:
+            t.data = t.data.float()
+        yield
+    finally:
+        for t, data in zip(narrow, kept, strict=True):
+            t.data = data
