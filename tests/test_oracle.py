@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +17,8 @@ from hybridtheory.errors import UserError
 from hybridtheory.oracle import MeanLoss, Oracle, Products, microbatches
 from hybridtheory.vectors import dot
 from tests.toys import Classify, NextToken, is_lora, language_model, language_oracle, tokens, with_lora
+
+ROOT = Path(__file__).parent.parent
 
 
 def dense(hess: Products, inp: list[Block], out: list[Block]) -> Tensor:
@@ -220,3 +225,36 @@ def test_bad_input() -> None:
         Oracle(model, loss, [torch.ones(1, 2)], partition(model), curvature="fisher")
     with pytest.raises(UserError, match="masked"):
         Oracle(model, loss, [torch.ones(0, 2)], partition(model))
+
+
+REALLY_SHORT = """
+import resource, psutil, torch
+from tests.toys import NextToken, is_lora, language_model, with_lora
+from hybridtheory.blocks import partition
+from hybridtheory.oracle import Oracle
+
+torch.set_num_threads(1)
+model = with_lora(language_model(width=32))
+blocks = partition(model, "group", is_lora)
+x = torch.randint(0, 11, (4000, 8), generator=torch.Generator().manual_seed(0))
+v = [torch.ones_like(t) for t in blocks[0].tensors]
+found = []
+for limited in (False, True):
+    oracle = Oracle(model, NextToken(), [{"x": x}], blocks)
+    if limited:
+        held = psutil.Process().memory_info().vms
+        resource.setrlimit(resource.RLIMIT_AS, (held + (64 << 20), resource.RLIM_INFINITY))
+    with oracle.products() as hess:
+        found.append(hess(v, blocks[0]))
+assert oracle.calls["halved"] >= 1, oracle.calls
+for a, b in zip(*found):
+    torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+print("halved", oracle.calls["halved"], [len(b["x"]) for b in oracle.batches])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="address space is limited by setrlimit")
+def test_a_process_that_really_runs_out_of_memory_gets_the_same_product() -> None:
+    done = subprocess.run([sys.executable, "-c", REALLY_SHORT], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.startswith("halved")
