@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from hybridtheory.blocks import Block, split
 from hybridtheory.oracle import Products
+from hybridtheory.oracle import _requires_grad as requires_grad
 from hybridtheory.vectors import Tensors, add_, clone, dot, norm, scale_
 
 if TYPE_CHECKING:
@@ -100,18 +101,11 @@ class Differences(Products):
         return scale_(add_(plus, minus, -1.0), 0.5 / h)
 
     def _gradient(self, i: int, wanted: list[Tensor]) -> Tensors:
-        """By ``backward``, which sharded and reentrantly checkpointed modules need; ``.grad`` is as found afterwards."""
-        before = [t.grad for t in self._tensors]
-        try:
-            for t in self._tensors:
-                t.grad = None
-            (self.oracle.loss(self.oracle.batches[i]) / self.oracle.total_weight).backward()
-            if i == 0:
-                self.oracle.calls["gradient"] += 1
-            return [torch.zeros_like(t) if t.grad is None else t.grad for t in wanted]
-        finally:
-            for t, grad in zip(self._tensors, before, strict=True):
-                t.grad = grad
+        if i == 0:
+            self.oracle.calls["gradient"] += 1
+        with requires_grad(self.oracle.model, wanted):
+            loss = self.oracle.loss(self.oracle.batches[i]) / self.oracle.total_weight
+            return self.oracle.differentiate(loss, wanted)
 
     def form(self, v: Tensors, blocks: Block | Sequence[Block], share: float | None = None) -> Form:
         """v'Hv, v living on ``blocks``, with its error; ``share``: of the weights, the first of the steps, where it is known."""

@@ -163,13 +163,27 @@ class Oracle:
 
         def one(batch: Batch) -> tuple[float, Tensors]:
             loss = self.loss(batch)
-            got = torch.autograd.grad(loss / weight, tensors, allow_unused=True, materialize_grads=True)
-            return float(loss.detach()), list(got)
+            return float(loss.detach()), self.differentiate(loss / weight, tensors)
 
         with _requires_grad(self.model, tensors):
             for (loss, flat), own in self._each(picked, one):
                 yield own / weight, loss / own, split(flat, blocks)
         self.calls["gradient"] += 1
+
+    def differentiate(self, loss: Tensor, tensors: Sequence[Tensor]) -> Tensors:
+        """d loss / d tensors. The engine ``difference`` goes by ``backward`` (``.grad`` is as found after it), which is all that
+        sharded and reentrantly checkpointed modules know."""
+        if self.engine == "exact":
+            return list(torch.autograd.grad(loss, tensors, allow_unused=True, materialize_grads=True))
+        before = [t.grad for t in tensors]
+        try:
+            for t in tensors:
+                t.grad = None
+            loss.backward()
+            return [torch.zeros_like(t) if t.grad is None else t.grad for t in tensors]
+        finally:
+            for t, grad in zip(tensors, before, strict=True):
+                t.grad = grad
 
     def _each(self, picked: list[int], call: Callable[[Batch], T]) -> Iterator[tuple[T, float]]:
         """(call(batch), its weight) for the micro-batches ``picked``; one that does not fit in memory is halved, for good."""

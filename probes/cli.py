@@ -106,6 +106,13 @@ def probe_smoothness(
     batch_size: Annotated[int, option(PLAN, "Rows a step.")] = 16,
     mu: Annotated[float, option(PLAN, "Perturbation of the zeroth-order differences.")] = 1e-3,
     q: Annotated[int, option(PLAN, "Queries: averaged zeroth-order directions a step.")] = 1,
+    engine: Annotated[
+        str,
+        option(
+            MACHINE,
+            "exact (double backward), difference (of gradients), forward (values only), or auto: the first that serves the model.",
+        ),
+    ] = "exact",
     device: Annotated[str, option(MACHINE, "cpu, cuda, cuda:1, mps.")] = "cpu",
     dtype: Annotated[str, option(MACHINE, "float32 (for verification), float64, bfloat16, float16.")] = "float32",
     micro_batch: Annotated[
@@ -158,6 +165,7 @@ def probe_smoothness(
             settings = Settings(
                 blocks=blocks, seed=seed, points=points, secants=secants, run_steps=run_steps, directions=directions, mu=mu, q=q,
                 batch_size=batch_size, steps=steps, micro_batch=micro_batch, curvature=curvature, max_memory=size_in_bytes(max_memory),
+                engine=engine,
             )  # fmt: skip
             task = load_task(
                 model, data, peft=peft, rank=rank, alpha=alpha, targets=names(targets), virtual_tokens=virtual_tokens, loss=loss, rows=rows,

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from hybridtheory import curvature, streams
+from hybridtheory import curvature, extrapolation, streams
 from hybridtheory.blocks import Block
+from hybridtheory.difference import Differences
 from hybridtheory.errors import UserError
 from hybridtheory.estimate import Estimate
 from hybridtheory.oracle import Oracle, Products
@@ -37,6 +38,7 @@ class Settings:
     batch_size, steps   of the *planned* training, in rows and optimizer steps: what the noise-limited rule needs
     end_tol, trace_tol  relative errors at which eigenvalues and traces stop
     max_steps, max_vectors  caps on Lanczos steps and on Hutchinson vectors
+    engine       exact, difference, forward, or auto: the first of them that serves the model
     """
 
     blocks: str = "group"
@@ -57,6 +59,7 @@ class Settings:
     max_vectors: int = 96
     failure: float = 0.025
     max_memory: int | None = None
+    engine: str = "exact"
 
     def __post_init__(self) -> None:
         for name in (
@@ -213,15 +216,21 @@ def _curvature(
     # No rule rests on an adapter's trace (its steps are first-order), and at B = 0 it is zero: no error bar would ever be small.
     vectors = settings.max_vectors if zeroth else max(settings.max_vectors // 8, 8)
     shares = np.array(hess.oracle.weights) / hess.oracle.total_weight
-    first = _run(hess, group, settings, 1000 * index)
-    traces = curvature.traces(
-        hess, parts, settings.seed, tol=settings.trace_tol, max_vectors=vectors, index=index, beside=first
+    found = _run(hess, group, settings, 1000 * index)
+    first = _lanczos(found)
+    measure_traces: Any = extrapolation.traces if isinstance(hess, Differences) else curvature.traces
+    traces = measure_traces(
+        hess, parts, settings.seed, tol=settings.trace_tol, max_vectors=vectors, index=index, beside=found
     )
     first = replace(first, basis=None)
+    del found
     if inner:
         forms = np.sum([traces[b.name].forms for b in inner], axis=0)
         squares = [traces[b.name].trace_sq for b in inner]
         trace = curvature.mean_estimate(forms.sum(axis=1))
+        open_ = [traces[b.name].trace.numerical for b in inner]
+        if all(w is not None for w in open_):
+            trace = replace(trace, numerical=math.hypot(*(w for w in open_ if w is not None)))
         # The blocks' squares come from the same vectors: their errors may add up, so they are added and not taken in quadrature.
         trace_sq = Estimate(sum(s.value for s in squares), stderr=sum(s.stderr or 0.0 for s in squares), n=squares[0].n)
     else:
@@ -230,7 +239,7 @@ def _curvature(
     made = {}
     for block in [group, *inner]:
         whole = block is group
-        run = first if whole else _run(hess, block, settings, 1000 * index, bounded=False)
+        run = first if whole else _lanczos(_run(hess, block, settings, 1000 * index, bounded=False))
         own = trace if whole else traces[block.name].trace
         plus = _trace_plus(run, own, block.numel)
         top = run.lam_max.value
@@ -249,9 +258,16 @@ def _curvature(
     return made
 
 
-def _run(hess: Products, block: Block, settings: Settings, index: int, bounded: bool = True) -> curvature.Lanczos:
+def _lanczos(run: curvature.Lanczos | extrapolation.Ends) -> curvature.Lanczos:
+    return run.run if isinstance(run, extrapolation.Ends) else run
+
+
+def _run(
+    hess: Products, block: Block, settings: Settings, index: int, bounded: bool = True
+) -> curvature.Lanczos | extrapolation.Ends:
     """Lanczos until both ends are resolved, and a group's until they are bounded."""
-    return curvature.spectrum(
+    measure_ends: Any = extrapolation.spectrum if isinstance(hess, Differences) else curvature.spectrum
+    found: curvature.Lanczos | extrapolation.Ends = measure_ends(
         hess,
         block,
         settings.seed,
@@ -261,6 +277,7 @@ def _run(hess: Products, block: Block, settings: Settings, index: int, bounded: 
         failure=settings.failure,
         bound=BOUND if bounded else math.inf,
     )
+    return found
 
 
 def _along_gradient(

@@ -8,6 +8,8 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 
 from hybridtheory.blocks import Block, partition
+from hybridtheory.engines import CHOICES, Engine, choose
+from hybridtheory.errors import UserError
 from hybridtheory.oracle import Oracle
 from probes.given import Given
 from probes.records import BlockInfo, DataInfo, Header, ModelInfo, PeftInfo
@@ -42,6 +44,7 @@ class Probe(Generic[S]):
     blocks: list[Block]
     oracle: Oracle
     rows: int
+    engine: Engine = Engine("exact", "")
 
     @classmethod
     def of(cls, task: Task | Given, settings: S) -> Probe[S]:
@@ -50,10 +53,16 @@ class Probe(Generic[S]):
         rows = len(task.rows)
         # Four micro-batches at least: the noise and the jackknife over rows are read off their differences.
         size = settings.micro_batch or -(-rows // 4)
-        oracle = Oracle(
-            task.model, task.objective, task.batches(size), groups, settings.curvature, memory_limit=settings.max_memory
-        )
-        return cls(task, settings, groups, finer, oracle, rows)
+        asked = str(getattr(settings, "engine", "exact"))  # probes that train only have no choice
+        if asked not in CHOICES:
+            raise UserError(f"--engine is one of {', '.join(CHOICES)}, not {asked!r}")
+
+        def oracle(engine: str) -> Oracle:
+            limit, rows_at_a_time = settings.max_memory, task.batches(size)
+            return Oracle(task.model, task.objective, rows_at_a_time, groups, settings.curvature, limit, engine)
+
+        engine = choose(oracle("exact")) if asked == "auto" else Engine(asked, "asked for")
+        return cls(task, settings, groups, finer, oracle(engine.name), rows, engine)
 
     @property
     def all_blocks(self) -> list[Block]:
@@ -92,7 +101,15 @@ def header(probe: Probe[Any], name: str, origin: dict[str, Any]) -> Header:
         ),
         blocks=[BlockInfo(b.name, b.group, b.numel, {"tied": b.tied, **b.info} if b.tied else b.info) for b in probe.all_blocks],
         peft=peft,
-        options=asdict(probe.settings),
+        options=_options(probe),
         threads=torch.get_num_threads(),
         **origin,
     )  # fmt: skip
+
+
+def _options(probe: Probe[Any]) -> dict[str, Any]:
+    """The settings as they were used: the engine by its name, with the reason."""
+    options = asdict(probe.settings)
+    if "engine" in options:
+        options |= {"engine": probe.engine.name, "engine_reason": probe.engine.reason}
+    return options

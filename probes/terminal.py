@@ -115,6 +115,8 @@ def opening(header: Header) -> RenderableType:
     finer = len(header.blocks) - len(groups)
     counted = ", ".join(f"{b.name} ({b.d:,})" for b in groups)
     lines.append(("blocks", counted + (f", cut into {finer} finer ones" if finer else "")))
+    if "engine" in header.options:
+        lines.append(("engine", f"{header.options['engine']}: {header.options.get('engine_reason') or 'asked for'}"))
     table = Table.grid(padding=(0, 2))
     for name, text in lines:
         table.add_row(Text(name, style="dim"), Text(text))
