@@ -2,7 +2,7 @@
 
     python benchmarks/curvature.py            # make bench; installs the opponents into .venv-bench first
     python benchmarks/curvature.py --resume   # go on where a run was stopped
-    python benchmarks/curvature.py --points 1 --repeats 1 --rows-vectors 16      # a shorter look
+    python benchmarks/curvature.py --points 1 --repeats 1 --trace-share 0.1      # a shorter look
 
 One thread. Times are CPU seconds of the process (on a shared machine the wall clock measures the neighbours). The tools take turns:
 a unit of work (one point, one repeat) is done by every tool in the same process, in an order that rotates, and a ratio compares times of
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+CACHE = HERE.parent / "runs" / "bench"
 SECTIONS = ("product", "modulus", "row", "batches", "memory")
 
 
@@ -82,7 +83,7 @@ def unit(
     shift = (point + repeat) % len(names)
     for tool in names[shift:] + names[:shift]:
         seconds, found = timed(work[tool])
-        results.add(**key, tool=tool, seconds=seconds, **found)
+        results.add(**key, tool=tool, **{"seconds": seconds, **found})
 
 
 def moduli_unit(
@@ -101,9 +102,7 @@ def moduli_unit(
     unit(results, section, point, repeat, {t: lambda t=t: work(t) for t in ("ours", *tools)})
 
 
-def rows_unit(p: Any, prepared: Any, results: Results, point: int, repeat: int, tools: list[str], state: Any) -> None:
-    from dataclasses import replace
-
+def rows_unit(p: Any, prepared: Any, results: Results, point: int, repeat: int, share: float, state: Any) -> None:
     from problem import LAYERS
 
     from tools import ROW, our_rows
@@ -113,21 +112,23 @@ def rows_unit(p: Any, prepared: Any, results: Results, point: int, repeat: int, 
 
     def work(tool: str) -> dict[str, Any]:
         if tool == "ours":
-            rows = our_rows(p, state.setdefault(repeat, {}), point, most_vectors=state["vectors"])
+            rows = our_rows(p, state.setdefault(repeat, {}), point)
         else:
-            told = [replace(b, vectors=min(b.vectors, state["vectors"])) for b in budgets]
-            rows = [ROW[tool](p, i, told[i]) for i in range(LAYERS)]
+            rows = [ROW[tool](p, i, b, max(2, round(b.vectors * share))) for i, b in zip(range(LAYERS), budgets)]
         return {
+            "seconds": sum(r.seconds for r in rows),
+            "ends_seconds": sum(r.ends_seconds for r in rows),
             "errors": [
                 max(abs(r.lam_max / t.lam_max - 1), abs(r.lam_min / t.lam_min - 1)) for r, t in zip(rows, truths)
             ],
             "traces": [r.trace for r in rows],
             "vectors": [r.vectors for r in rows],
+            "needed": [r.needed for r in rows],
             "sharp": [r.sharp for r in rows],
             "resolved": [r.resolved for r in rows],
         }
 
-    unit(results, "row", point, repeat, {t: lambda t=t: work(t) for t in ("ours", *tools)})
+    unit(results, "row", point, repeat, {t: lambda t=t: work(t) for t in ("ours", *ROW)})
 
 
 def peak(tool: str) -> dict[str, float]:
@@ -156,7 +157,7 @@ def memory_of(tool: str) -> None:
     if tool == "ours":
         our_rows(p, {}, 0, most_vectors=8)
     elif tool != "gradient":
-        ROW[tool](p, 0, replace(told, power=3, shifted=3, vectors=8))
+        ROW[tool](p, 0, replace(told, power=3, shifted=3), 8)
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(json.dumps({"total": after / 1024, "added": (after - before) / 1024}))
 
@@ -180,14 +181,14 @@ def measure(args: argparse.Namespace, results: Results) -> dict[str, Any]:
         for tool in ("gradient", "ours", *ROW):
             if not results.has(section="memory", tool=tool):
                 results.add(section="memory", tool=tool, **peak(tool))
-    state: dict[Any, Any] = {"vectors": args.rows_vectors}
+    state: dict[int, Any] = {}
     # Every point once before anything is repeated: a run that is stopped early has all points and fewer repeats.
     for repeat in range(args.repeats):
         for point in range(args.points):
             if "modulus" in wanted:
                 moduli_unit(p, prepared, results, "modulus", point, repeat, list(MODULUS))
             if "row" in wanted and repeat < args.row_repeats:
-                rows_unit(p, prepared, results, point, repeat, list(ROW), state)
+                rows_unit(p, prepared, results, point, repeat, args.trace_share, state)
             if "batches" in wanted:
                 moduli_unit(p, prepared, results, "batches", point, repeat, ["PyHessian"])
     return {"points": {k: [vars(t) for t in truths] for k, (truths, _) in prepared.items()}, "losses": p.losses}
@@ -200,24 +201,29 @@ def main() -> None:
     parser.add_argument(
         "--row-repeats", type=int, default=1, help="of every point's rows, whose ratios spread over the points"
     )
-    parser.add_argument("--rows-vectors", type=int, default=128, help="cap on trace vectors a block, for every tool")
+    parser.add_argument(
+        "--trace-share",
+        type=float,
+        default=1.0,
+        help="run this share of the public tools' trace vectors and charge for all of them: they cost the same, one by one",
+    )
     parser.add_argument("--only", choices=SECTIONS, nargs="*")
-    parser.add_argument("--resume", action="store_true", help="keep what runs/bench/curvature.jsonl holds")
+    parser.add_argument("--resume", action="store_true", help="keep what --results holds and go on")
+    parser.add_argument("--results", type=Path, default=CACHE / "curvature.jsonl", help="where measurements are kept")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
     enter_environment()
     import torch
-    from problem import CACHE
     from report import report
 
     torch.set_num_threads(1)
     if args.memory_of:
         memory_of(args.memory_of)
         return
-    results = Results(CACHE / "curvature.jsonl", args.resume)
+    results = Results(args.results, args.resume)
     truths = measure(args, results)
     text, missed = report(results.found, truths)
-    (CACHE / "curvature.md").write_text(text + "\n")
+    args.results.with_suffix(".md").write_text(text + "\n")
     print(text)
     sys.exit(1 if missed else 0)
 

@@ -52,8 +52,8 @@ def table(section: str, found: list[dict[str, Any]], truths: dict[str, Any], mis
         return []
     ours = {(f["point"], f["repeat"]): f["seconds"] for f in found if f["tool"] == "ours"}
     head = "| tool | units | CPU s a point | ours is faster by | range | wanted | largest error of an eigenvalue |"
-    extra = " trace: rms error | trace vectors a point |" if section == "row" else ""
-    lines = [f"## {TITLES[section]}", "", head + extra, "|---" * (7 + 2 * (section == "row")) + "|"]
+    extra = " of these for the ends | trace: rms error | trace vectors a point |" if section == "row" else ""
+    lines = [f"## {TITLES[section]}", "", head + extra, "|---" * (7 + 3 * (section == "row")) + "|"]
     for tool in dict.fromkeys(["ours", *sorted({f["tool"] for f in found})]):
         own = [f for f in found if f["tool"] == tool]
         seconds = [f["seconds"] for f in own]
@@ -64,7 +64,9 @@ def table(section: str, found: list[dict[str, Any]], truths: dict[str, Any], mis
         cells += ["", ""] if tool == "ours" or not ratios else [f"{median(ratios):.2f}", spread(ratios)]
         cells += [f"{wanted:g}" if wanted else "", f"{worst:.1e}"]
         if section == "row":
-            cells += [traces(own, truths), f"{median(sum(f['vectors']) for f in own):.0f}"]
+            run, needed = (median(sum(f[key]) for f in own) for key in ("vectors", "needed"))
+            count = f"{needed:.0f}" if run == needed else f"{needed:.0f} ({run:.0f} run)"
+            cells += [f"{median(f['ends_seconds'] for f in own):.1f}", traces(own, truths), count]
         lines.append("| " + " | ".join(cells) + " |")
         if wanted and ratios and median(ratios) < wanted:
             missed.append(f"{TITLES[section]}: {median(ratios):.2f} against {tool}, wanted {wanted:g}")

@@ -8,6 +8,7 @@ gets none of that: it has to decide by itself when to stop.
 from __future__ import annotations
 
 import math
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,14 +23,26 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Row:
-    """The public tools are told what suffices and claim nothing: the last two are what a tool says of itself."""
+    """Ends and trace of one block, with the CPU seconds of each; ``vectors`` of the ``needed`` were run.
+
+    The public tools are told what suffices and claim nothing: ``sharp`` (the trace's own standard error is at most 10 %) and
+    ``resolved`` are what a tool says of itself.
+    """
 
     lam_max: float
     lam_min: float
     trace: float
-    vectors: int  # that the trace took
-    sharp: bool = True  # the trace's own standard error is at most 10 %
+    ends_seconds: float
+    trace_seconds: float
+    vectors: int
+    needed: int
+    sharp: bool = True
     resolved: bool = True
+
+    @property
+    def seconds(self) -> float:
+        """With the trace charged for all the vectors it needs: they cost the same, one by one."""
+        return self.ends_seconds + self.trace_seconds * self.needed / self.vectors
 
 
 # --- the public tools -------------------------------------------------------------------------------------------------
@@ -72,15 +85,19 @@ def pyhessian_modulus(p: Problem, layer: int, b: Budget, batches: int = 1) -> fl
         return pyhessian(p, batches).eigenvalues(maxIter=b.power, tol=0.0)[0][0]
 
 
-def pyhessian_row(p: Problem, layer: int, b: Budget, batches: int = 1) -> Row:
+def pyhessian_row(p: Problem, layer: int, b: Budget, vectors: int) -> Row:
+    start = time.process_time()
     with only(p, layer):
-        tool = pyhessian(p, batches)
+        tool = pyhessian(p)
         dominant = tool.eigenvalues(maxIter=b.power, tol=0.0)[0][0]
+        middle = time.process_time()
         # Its rule divides by the trace with its sign: where the trace is negative any tol >= 0 stops it after two vectors.
-        trace = float(np.mean(tool.trace(maxIter=b.vectors, tol=-math.inf)))
-        shifted = pyhessian(p, batches, dominant, p.layer(layer))
+        trace = float(np.mean(tool.trace(maxIter=vectors, tol=-math.inf)))
+        spent = time.process_time() - middle
+        shifted = pyhessian(p, 1, dominant, p.layer(layer))
         other = shifted.eigenvalues(maxIter=b.shifted, tol=0.0)[0][0] + dominant
-    return Row(max(dominant, other), min(dominant, other), trace, b.vectors)
+    ends = time.process_time() - start - spent
+    return Row(max(dominant, other), min(dominant, other), trace, ends, spent, vectors, b.vectors)
 
 
 def curvlinops(p: Problem, layer: int, batches: int = 1):
@@ -96,17 +113,19 @@ def curvlinops_modulus(p: Problem, layer: int, b: Budget, batches: int = 1) -> f
     return arpack(operator, "LM", 1, *b.arpack, start_vector(p.layer(layer)).numpy())[0]
 
 
-def curvlinops_row(p: Problem, layer: int, b: Budget, batches: int = 1) -> Row:
+def curvlinops_row(p: Problem, layer: int, b: Budget, vectors: int) -> Row:
     from curvlinops import hutchinson_trace
 
-    operator = curvlinops(p, layer, batches)
+    begin = time.process_time()
+    operator = curvlinops(p, layer)
     start = start_vector(p.layer(layer)).numpy()
     low, high = sorted(arpack(operator.to_scipy(np.float32), "BE", 2, *b.arpack_both, start))
+    middle = time.process_time()
     torch.manual_seed(SEED)
     # All columns at once would be vectorised over tens of vectors: slower on a CPU, and gigabytes. Four at a time is its best.
-    sizes = [4] * (b.vectors // 4) + ([b.vectors % 4] if b.vectors % 4 else [])
+    sizes = [4] * (vectors // 4) + ([vectors % 4] if vectors % 4 else [])
     total = sum(n * float(hutchinson_trace(operator, n)) for n in sizes)
-    return Row(high, low, total / b.vectors, b.vectors)
+    return Row(high, low, total / vectors, middle - begin, time.process_time() - middle, vectors, b.vectors)
 
 
 def eigenthings(p: Problem, layer: int, batches: int = 1):
@@ -144,14 +163,16 @@ def eigenthings_lanczos(p: Problem, layer: int, b: Budget, batches: int = 1) -> 
         return max(eigenthings_ends(p, layer, b.lanczos, batches), key=abs)
 
 
-def eigenthings_row(p: Problem, layer: int, b: Budget, batches: int = 1) -> Row:
+def eigenthings_row(p: Problem, layer: int, b: Budget, vectors: int) -> Row:
     """Its Lanczos, the better of its two solvers, and its Hutchinson."""
     from hessian_eigenthings import hutchinson
 
+    begin = time.process_time()
     with only(p, layer):
-        low, high = eigenthings_ends(p, layer, b.lanczos_both, batches)
-        trace = hutchinson(eigenthings(p, layer, batches), num_samples=b.vectors, seed=SEED).estimate
-    return Row(high, low, trace, b.vectors)
+        low, high = eigenthings_ends(p, layer, b.lanczos_both)
+        middle = time.process_time()
+        trace = hutchinson(eigenthings(p, layer), num_samples=vectors, seed=SEED).estimate
+    return Row(high, low, trace, middle - begin, time.process_time() - middle, vectors, b.vectors)
 
 
 # --- ours -------------------------------------------------------------------------------------------------------------
@@ -192,28 +213,33 @@ def our_moduli(p: Problem, batches: int = 1, seed: int = SEED) -> list[float]:
     return [max(r.lam_max.value, r.lam_min.value, key=abs) for r in runs]
 
 
-def our_rows(
-    p: Problem, warm: dict[str, list[Tensor]], index: int, batches: int = 1, most_vectors: int = MOST_VECTORS
-) -> list[Row]:
+def our_rows(p: Problem, warm: dict[str, list[Tensor]], index: int, most_vectors: int = MOST_VECTORS) -> list[Row]:
     """Rows of all layer blocks at the current point; ``warm`` carries end vectors from point to point."""
     from hybridtheory.curvature import spectrum, traces
     from hybridtheory.oracle import Oracle
     from hybridtheory.vectors import add_, norm, scale
 
+    begin = time.process_time()
     blocks = layer_blocks(p)
     rows = []
-    oracle = Oracle(p.net, NextByte(), p.batches(batches), blocks)
+    oracle = Oracle(p.net, NextByte(), p.batches(1), blocks)
     gradient = oracle.gradient(*blocks)
     with oracle.products(*blocks) as hess:
         for b, g in zip(blocks, gradient):
             leaning = add_(scale(g, 1 / norm(g)), warm[b.name]) if b.name in warm else g
             run = spectrum(hess, b, SEED, index=index, warm=leaning, tol=TOLERANCE, min_steps=4)
             warm[b.name] = run.warm
+            middle = time.process_time()
             found = traces(hess, [b], SEED, tol=TRACE_ERROR, max_vectors=most_vectors, index=index, beside=run)
+            end = time.process_time()
             trace = found[b.name].trace
             sharp = trace.stderr <= TRACE_ERROR * abs(trace.value)
             resolved = run.lam_max.resolved and run.lam_min.resolved and trace.resolved
-            rows.append(Row(run.lam_max.value, run.lam_min.value, trace.value, trace.n, sharp, resolved))
+            ends, own = middle - begin, end - middle
+            rows.append(
+                Row(run.lam_max.value, run.lam_min.value, trace.value, ends, own, trace.n, trace.n, sharp, resolved)
+            )
+            begin = end
     return rows
 
 
