@@ -2,7 +2,7 @@
 
     python benchmarks/hybrid_cost.py                               # make bench; the second model needs `make real-data`
     python benchmarks/hybrid_cost.py --models opt --pairs 10       # a shorter look
-    python benchmarks/hybrid_cost.py --clock cpu                   # CPU seconds, for a machine that others use too
+    python benchmarks/hybrid_cost.py --clock cpu --threads 1       # CPU seconds, for a machine that others use too
 
 Batch 8 x 64 tokens of the language reference that every CPython ships, float32, two threads, LoRA r = 8. Time: hybrid step (one-sided, the
 first-order forward reused)/(LoRA-SGD step + one forward), all of them one after another in every round, median of the ratios within
@@ -29,7 +29,7 @@ from probes.tasks import load_task
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE, EMBEDDED = ROOT / "runs" / "bench", ROOT / "probes" / "data" / "embedded"
-ROWS, LENGTH, THREADS = 8, 64, 2
+ROWS, LENGTH = 8, 64
 LAWS = {"Gaussian": None, "Rademacher": "rademacher", "SubZero r=8": "subzero:rank=8", "LOZO r=2": "lozo:rank=2"}
 TIME = {"Gaussian": 1.30, "Rademacher": 1.12, "SubZero r=8": 1.12}  # most allowed
 HYBRID_MEMORY, MEZO_MEMORY = 1.1, 1.05
@@ -73,7 +73,7 @@ def memories(loading: dict[str, Any]) -> tuple[Measured, Measured, dict[str, Mea
     """MeZO, LoRA-SGD, and hybrid with each law."""
 
     def take(method: str, peft: str, law: str | None = None) -> Measured:
-        return apart(Job({**loading, "peft": peft}, method, law, threads=THREADS))
+        return apart(Job({**loading, "peft": peft}, method, law, threads=torch.get_num_threads()))
 
     return take("mezo", "none"), take("peft-sgd", "lora"), {n: take("hybrid", "lora", law) for n, law in LAWS.items()}
 
@@ -88,10 +88,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", nargs="+", default=["opt", "smollm2"], help="opt, smollm2, or a folder")
     parser.add_argument("--pairs", type=int, default=30)
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--no-memory", action="store_true")
     options = parser.parse_args()
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(options.threads)
     clock = time.perf_counter if options.clock == "wall" else time.process_time
     lines: list[str] = []
 
@@ -107,7 +108,7 @@ def main() -> int:
             "max_length": LENGTH,
         }
         say(
-            f"\n{name}, batch {ROWS} x {LENGTH}, {THREADS} threads, {options.clock} clock\n  {'':34}{'ratio':>8}{'target':>9}"
+            f"\n{name}, batch {ROWS} x {LENGTH}, {options.threads} threads, {options.clock} clock\n  {'':34}{'ratio':>8}{'target':>9}"
         )
         for law, ratios in times(loading, options.pairs, clock).items():
             low, high = quartiles(ratios)

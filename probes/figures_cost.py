@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -44,10 +45,11 @@ def memory(report: Report) -> Figure | None:
             ax.plot([m.formula / scale] * 2, [i - 0.42, i + 0.42], color="black", lw=1.4)
     _labels(ax, [f"{m.method} ({m.peft})" for m in found])
     ax.set_xlabel(f"{'GiB' if scale == 2**30 else 'MiB'} above the process before loading")
-    handles = [Patch(color="0.8", label="weights"), Patch(color=ORANGE, label="kept between steps")]
+    handles: list[Artist] = [Patch(color="0.8", label="weights"), Patch(color=ORANGE, label="kept between steps")]
     handles += [Patch(color=c, alpha=0.75, label=name) for c, name in PHASES.values()]
-    line = Line2D([], [], color="black", lw=1.4, label="formula")
-    figure.legend(handles=[*handles, line], loc="outside lower center", ncols=3)
+    handles.append(Line2D([], [], ls="", marker="o", ms=3.5, color=GREY, label="peaks of the other phases"))
+    handles.append(Line2D([], [], color="black", lw=1.4, label="formula"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=3)
     return figure
 
 
@@ -80,6 +82,7 @@ def _rows(n: int) -> tuple[Figure, Axes]:
 def _labels(ax: Axes, names: list[str]) -> None:
     ax.set_yticks(np.arange(len(names)), names)
     ax.tick_params(axis="y", length=0)
+    ax.grid(visible=False, axis="y")
     ax.invert_yaxis()
     ax.set_xlim(left=0)
 

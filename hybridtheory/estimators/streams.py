@@ -32,6 +32,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hybridtheory.threads import each
+
 # elements; large enough that filling a generator's state (5 us) vanishes, small enough to stay in cache
 CHUNK = 1 << 18
 _FOUR = struct.Struct("=4Q")
@@ -151,8 +153,13 @@ def normal(key: Key, name: str, shape: Sequence[int], like: Tensor) -> Tensor:
         out.normal_(generator=_refill(own, twister, key, name, 0))
     else:
         flat = out.view(-1)
-        for chunk, start in enumerate(range(0, n, CHUNK)):
-            flat[start : start + CHUNK].normal_(generator=_refill(own, twister, key, name, chunk))
+
+        def draw(chunk: int) -> None:
+            own = _local  # of the thread that draws
+            source = own.twister if out.device.type == "cpu" else twister
+            flat[chunk * CHUNK : (chunk + 1) * CHUNK].normal_(generator=_refill(own, source, key, name, chunk))
+
+        each(draw, range(-(-n // CHUNK)), n, out.device)
     return out.double() if like.dtype == torch.float64 else out
 
 

@@ -19,6 +19,7 @@ from hybridtheory.errors import UserError
 from hybridtheory.estimators.law import SMALL, Kept, Law
 from hybridtheory.estimators.perturb import Perturbation
 from hybridtheory.estimators.streams import Key
+from hybridtheory.threads import each
 from hybridtheory.vectors import Tensors
 
 DIFFERENCES = ("central", "forward", "exact")
@@ -66,19 +67,23 @@ class ZOGradient:
         """into += alpha ĝ, tensor by tensor; ``into`` defaults to the parameters themselves. alpha may differ by
         tensor (by name).
 
-        At most one tensor of the block's largest size is allocated at a time.
+        At most one tensor of the block's largest size is allocated at a time by each of torch's threads.
         """
         q = len(self.keys)
-        for name, parameter in self.block.parameters.items():
+
+        def add(item: tuple[str, Tensor]) -> None:
+            name, parameter = item
             a = alpha[name] if isinstance(alpha, Mapping) else alpha
             target = parameter if into is None else into[name]
             if q == 1 and self.realised is None and target is parameter:
                 if self.law.touches(self.keys[0], name):
                     self.law.shift(self.keys[0], name, target, a * self.slopes[0], out=target)
-                continue
+                return
             u = self.direction(name, parameter, [a * s / q for s in self.slopes])
             if u is not None:
                 target.add_(u)
+
+        each(add, self.block.parameters.items(), self.block.numel, self.block.tensors[0].device)
 
     @torch.no_grad()
     def dense(self) -> Tensors:
