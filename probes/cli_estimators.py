@@ -72,7 +72,7 @@ def probe_estimators(
         option(
             MEASURE,
             "Direction laws, separated by spaces: NAME or NAME:option=number,..., e.g. 'gaussian gaussian:q=4 subzero:rank=8'.",
-            show_default="a table of 13",
+            show_default="a table of 12",
         ),
     ] = None,
     precision: Annotated[

@@ -64,7 +64,8 @@ def predict(law: Law, mode: str, q: int, given: Given) -> Predicted:
         found = _moments(second, "p(p(d−1)+3)", p, "E ĝ = p∇f", p * p)
         found["captured"] = (p, "p")
         if q == 1:
-            found["cosine_sq"] = (1 / given.d, "1/d, whatever p")
+            some = 1.0 if p == 1 else -math.expm1(given.d * math.log1p(-p))  # an empty mask has no direction
+            found["cosine_sq"] = (some / given.d, "1/d, whatever p")
         return Predicted(found, mean_sq=p * p)
     if isinstance(law, LowRank) and not keeps(law):
         return _fresh(q, given)

@@ -10,10 +10,9 @@ sampling has not seen the numbers that are reported. The weights are never chang
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,51 +21,32 @@ from torch import Tensor
 from hybridtheory import streams
 from hybridtheory.blocks import Block
 from hybridtheory.errors import UserError
-from hybridtheory.estimators import (
-    Gaussian,
-    Key,
-    Law,
-    Orthonormal,
-    Sphere,
-)
-from hybridtheory.estimators.lowrank import LowRank
+from hybridtheory.estimators import Key, Orthonormal, Sphere
 from hybridtheory.vectors import Tensors, dot, norm
-from probes import budget, draws
+from probes import budget
 from probes.closed_forms import Given as Facts
-from probes.cost_estimate import Meter, peak, timed
-from probes.draws import (
-    Collected,
-    Reference,
-    coordinate_draws,
-    coordinate_spread,
-    factored,
-    factored_batch,
-    gaussian_batch,
-    keys,
-    law_batch,
-)  # fmt: skip
+from probes.cost_estimate import Meter
+from probes.draws import Reference, coordinate_spread
 from probes.estimates import estimates, record
+from probes.estimators_cost import HUTCHINSON, estimate
 from probes.given import Given, evaluating, given
 from probes.laws import DEFAULT_LAWS, Member, Source, refuse, sources
 from probes.point import GradientPass
 from probes.provenance import provenance
-from probes.records import Allocation, Budget, Cost, End, Estimator, Record, Warning
+from probes.records import Allocation, Budget, End, Estimator, Record, Warning
 from probes.report import Report
+from probes.sampling import RELATIVE_VARIANCE, SMALL, draw, pilot
 from probes.setup import Probe as Setup
 from probes.setup import header
 from probes.smoothness import Progress
-from probes.subspaces import excess, keeps, spectrum
+from probes.subspaces import excess, spectrum
 from probes.tasks import Task
 
-# Up to this many weights in a block the second moment is sampled to 3 %, above to 15 %.
-SMALL = 10_000_000
-# Directions of a pilot (half of them above SMALL weights). Slopes are nearly normal, so |ghat|^2 varies by sqrt(2) of itself: no pilot
-# may say less, and a pilot so small is believed only where it has enough estimates and says clearly more.
-PILOT, RELATIVE_VARIANCE, ENOUGH, CLEARLY = 64, 2.0, 16, 1.5
+# A pilot may not say less than what nearly normal slopes vary by (`sampling.RELATIVE_VARIANCE`), and one so small is believed only where it
+# has enough estimates and says clearly more.
+ENOUGH, CLEARLY = 16, 1.5
 # A coordinate is looked up and not drawn: this many times more of them than of other directions are allowed.
 COORDINATES = 3
-SAMPLE = 1 << 20  # weights that a law's draw is timed on
-HUTCHINSON = 2  # products behind HiZOO's preconditioner
 
 
 @dataclass(frozen=True)
@@ -130,7 +110,7 @@ def run(
     members = [Member.of(text) for text in dict.fromkeys(settings.laws)]
     for group in probe.groups:
         refuse(members, group)
-    expected = _estimate(probe, members)
+    expected = estimate(probe, members)
     yield expected
     if dry:
         return
@@ -158,7 +138,7 @@ def run(
         for block in (group, *(b for b in finer if b.group == group.group)):
             kept = [r for r in done if isinstance(r, Budget | Allocation) and r.block == block.name]
             own = [by_name[n] for n in block.names]
-            if kept:
+            if any(isinstance(r, Allocation) for r in kept):  # the last of a block's records
                 yield from kept
             elif norm(own) > 0:  # the matrices of a fresh adapter whose partners are zero have none
                 meter.phase(f"{block.name}: error budget")
@@ -173,7 +153,8 @@ def _group(
     """All laws on one group and its finer blocks."""
     s = probe.settings
     finer = [b for b in probe.blocks if b.group == group.group and b.name != group.name]
-    blocks = [group, *finer]
+    by_name = dict(zip(group.names, gradient, strict=True))
+    blocks = [b for b in (group, *finer) if norm([by_name[n] for n in b.names]) > 0]
     have = {(r.law, r.block): r for r in done if isinstance(r, Estimator)}
     part = {n: b.name for b in finer or [group] for n in b.names}
     reference: Reference | None = None
@@ -188,10 +169,6 @@ def _group(
             reference, h = _reference(probe, group, part, gradient, any(m.name == "hizoo" for m in members))
         meter.phase(f"{group.name}: {', '.join(m.label for m in source.members)}")
         yield from _source(s, source, group, blocks, reference, h)
-
-
-def _pilot(d: int) -> int:
-    return PILOT if d <= SMALL else PILOT // 2
 
 
 def _reference(
@@ -227,27 +204,25 @@ def _source(
     """Pilot, then as many fresh directions as it calls for, then every member on every block."""
     laws = {m.label: m.on(group, h) for m in source.members}
     precision = s.precision_for(group.numel)
-    pilot = _draw(s, source, laws, group, blocks, reference, 1, min(_pilot(group.numel), s.max_draws))
+    tried = draw(s.seed, source, laws, group, blocks, reference, 1, min(pilot(group.numel), s.max_draws))
     needed = 0.0
     if source.kind == "coordinate":  # heavy-tailed: what a pilot shows of its spread is nothing, and it is known
         needed = coordinate_spread(reference, group) / precision**2
     for m in source.members:
-        found = estimates(m, laws[m.label], pilot(m, group), group.numel)
+        found = estimates(m, laws[m.label], tried(m, group), group.numel)
         spread = RELATIVE_VARIANCE / m.q
         if len(found.norm_sq) >= ENOUGH:
             shown = float(np.var(found.norm_sq, ddof=1) / np.mean(found.norm_sq) ** 2)
             spread = shown if shown > CLEARLY * spread else spread
         needed = max(needed, spread / precision**2 * m.q)
     count = min(math.ceil(needed), s.max_draws * (COORDINATES if source.kind == "coordinate" else 1))
-    collected = _draw(s, source, laws, group, blocks, reference, 2, count)
+    collected = draw(s.seed, source, laws, group, blocks, reference, 2, count)
     for m in source.members:
         law = laws[m.label]
         bound = law.bind(group, [Key(s.seed)]) if not isinstance(law, Sphere | Orthonormal) else law
         own = {n: spectrum(bound, Key(s.seed), n, p, reference.g[n].view(p.shape)) for n, p in group.parameters.items()}
         for block in blocks:
             inner = reference.inner(block)
-            if not inner["gg"] > 0:
-                continue
             facts = Facts(
                 d=block.numel,
                 gg=inner["gg"],
@@ -259,118 +234,6 @@ def _source(
             measured = estimates(m, law, collected(m, block), block.numel)
             exact = coordinate_spread(reference, block) if source.kind == "coordinate" else None
             yield record(m, law, block, facts, inner, measured, precision, exact)
-
-
-T = TypeVar("T")
-Drawn = Callable[[Member, Block], tuple[np.ndarray, np.ndarray]]  # dots and gram
-
-
-def _draw(
-    s: Settings, source: Source, laws: dict[str, Law], group: Block, blocks: Sequence[Block], reference: Reference, stage: int, count: int
-) -> Drawn:  # fmt: skip
-    """At least ``count`` directions; the result gives dots (batches, Q, COLUMNS) and gram (batches, Q, Q) of a member on a block."""
-    if source.kind == "coordinate":
-        tables = {
-            b.name: coordinate_draws(reference, b, keys(laws[source.members[0].label], s.seed, stage, 0, count))
-            for b in blocks
-        }
-        return lambda member, block: tables[block.name]
-    # Laws that are the Gaussian itself, its sphere or its orthonormal sets look at one and the same collection.
-    drawn = (
-        {label: law for label, law in laws.items() if draws.scaling(law) is not None}
-        if source.kind == "gaussian"
-        else dict(laws)
-    )
-    if source.kind == "gaussian" and len(drawn) < len(laws):
-        drawn[""] = Gaussian()
-    found = {label: Collected() for label in drawn}
-    label, first = next(iter(laws.items()))
-    bound, known = None, None
-    if isinstance(first, LowRank) and keeps(first):
-        bound = first.bind(group, [Key(s.seed)])
-        known = factored(reference, bound, Key(s.seed))
-
-    def one(start: int) -> dict[str, draws.Sums]:
-        if source.kind == "gaussian":
-            return gaussian_batch(reference, drawn, keys(Gaussian(), s.seed, stage, start, source.size))
-        batch = keys(first, s.seed, stage, start, source.size)
-        if known is not None:
-            return {label: factored_batch(reference, bound, known, batch)}
-        return {label: law_batch(reference, first, batch)}
-
-    for sums in _each(one, range(0, count, source.size), reference.patterns.device):
-        for name, of_name in sums.items():
-            found[name].add(of_name)
-    finest = list(dict.fromkeys(reference.part.values()))
-
-    def of(member: Member, block: Block) -> tuple[np.ndarray, np.ndarray]:
-        kept = found[member.label if member.label in found else ""]
-        return kept.of(finest if block is group else [block.name])
-
-    return of
-
-
-def _each(one: Callable[[int], T], starts: Iterable[int], device: torch.device) -> Iterator[T]:
-    """one(start) in order. On a CPU batches run side by side, one a thread: a single draw does not use more than one core."""
-    threads = torch.get_num_threads()
-    if device.type != "cpu" or threads == 1:
-        yield from map(one, starts)
-        return
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(threads) as pool:
-            yield from pool.map(one, starts)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _estimate(probe: Setup[Settings], members: Sequence[Member]) -> Cost:
-    """From a timed forward pass and gradient, and one batch of directions of each source on a piece of the weights."""
-    s, oracle = probe.settings, probe.oracle
-    losses = budget.losses_of(probe)
-    oracle.value()  # the first pass of a process also loads and plans
-    value, gradient = timed(losses.value), timed(lambda: oracle.gradient(*probe.groups))
-    seconds, values, products = value + gradient, 0.0, 0.0
-    size = sum(g.numel for g in probe.groups)
-    for group in probe.groups:
-        count = RELATIVE_VARIANCE / s.precision_for(group.numel) ** 2 + _pilot(group.numel)
-        seconds += sum(count * _per_draw(x, group, s.seed) for x in sources(members, group) if x.kind != "coordinate")
-        parts = len({b.name for b in probe.all_blocks if b.group == group.group})  # each is perturbed alone
-        values += parts * 2 * len(budget.grid(s.mus, size)) * budget.directions(s.directions, size)
-        products += 1 + HUTCHINSON * any(m.name == "hizoo" for m in members)
-    seconds += 1.3 * values * value + products * 3 * gradient  # a perturbed pass also makes its weights
-    largest = max(sum(t.numel() * t.element_size() for t in g.tensors) for g in probe.groups)
-    return Cost("estimated", 1, products, values, seconds, peak(oracle) + 5 * largest)
-
-
-def _per_draw(source: Source, group: Block, seed: int) -> float:
-    """Seconds a direction, by one batch on tensors of about SAMPLE weights; threads share batches."""
-    whole = sorted(group.parameters.items(), key=lambda item: item[1].numel() > SAMPLE)  # in order, larger ones last
-    part: dict[str, torch.nn.Parameter] = {}
-    for name, p in whole:
-        if not part or sum(x.numel() for x in part.values()) + p.numel() <= SAMPLE:
-            part[name] = p
-    block = Block(group.name, group.group, part)
-    values = [p.detach().to(torch.promote_types(p.dtype, torch.float32)) for p in block.tensors]
-    reference = Reference.of(block, dict.fromkeys(part, group.name), values, values, seed)
-    h = {n: torch.ones_like(v) for n, v in zip(part, values, strict=True)}
-    try:
-        laws = {m.label: m.on(block, h) for m in source.members}
-        return _alone(lambda: _draw(Settings(seed=seed), source, laws, block, [block], reference, 0, source.size)) * (
-            group.numel / block.numel / source.size
-        )
-    except UserError:  # a rank that only a larger tensor allows
-        return 0.0
-
-
-def _alone(call: Callable[[], object]) -> float:
-    """Seconds of a call on one thread, divided by how many run side by side."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return timed(call) / threads
-    finally:
-        torch.set_num_threads(threads)
 
 
 def probe_estimators(

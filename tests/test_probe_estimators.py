@@ -41,6 +41,8 @@ from hybridtheory.theory.moments_covariance import (
 )
 from hybridtheory.theory.moments_subspace import subzero_second_moment
 from probes import budget, draws, probe_estimators, rundir
+from probes.closed_forms import Given as Facts
+from probes.closed_forms import predict
 from probes.estimates import estimates
 from probes.estimators import Settings, run
 from probes.jsonl import decode, encode
@@ -254,6 +256,12 @@ def test_composed_moments() -> None:
     g = rng.normal(size=10)
     sample = (z @ g) ** 2 * (z**2).sum(1) / (g @ g)
     assert abs(sample.mean() - random_mask_second_moment(10, 0.3)) < 5 * sample.std() / math.sqrt(len(sample))
+    # the few masks that keep nothing have cosine 0
+    facts = Facts(10, float(g @ g), {"w": 10}, {"w": float(g @ g)}, {"w": None}, {"w": None})
+    said = predict(RandomMask(0.3), "", 1, facts).values["cosine_sq"][0]
+    size = (z**2).sum(1)
+    sample = np.divide((z @ g) ** 2, size * (g @ g), out=np.zeros(len(z)), where=size > 0)
+    assert said < 0.98 / 10 and abs(sample.mean() - said) < 5 * sample.std() / math.sqrt(len(sample))
 
 
 # ---- error budget ----------------------------------------------------------------------------------------------------
