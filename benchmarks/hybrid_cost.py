@@ -53,11 +53,13 @@ def folder() -> Path:
     return path
 
 
-def times(loading: dict[str, Any], pairs: int, clock: Callable[[], float]) -> dict[str, list[float]]:
+def times(
+    loading: dict[str, Any], laws: dict[str, str | None], pairs: int, clock: Callable[[], float]
+) -> dict[str, list[float]]:
     """Ratios of each law, by round."""
     task = load_task(**loading, peft="lora")
     f = closure(task, None)
-    steps = {name: optimizer_of(task, "hybrid", law, {}) for name, law in LAWS.items()}
+    steps = {name: optimizer_of(task, "hybrid", law, {}) for name, law in laws.items()}
     twin = optimizer_of(task, "peft-sgd", None, {})
     works: dict[str, Callable[[], object]] = {"forward": torch.no_grad()(f), "twin": lambda: twin.step(f)}
     for name, optimizer in steps.items():
@@ -66,16 +68,16 @@ def times(loading: dict[str, Any], pairs: int, clock: Callable[[], float]) -> di
     found = interleaved(works, pairs, torch.device("cpu"), clock)
     floor = [a + b for a, b in zip(found["forward"], found["twin"], strict=True)]
     print(f"  LoRA-SGD step + one forward: {1e3 * median(floor):.1f} ms; medians of {pairs} rounds, quartiles")
-    return {name: [s / b for s, b in zip(found[name], floor, strict=True)] for name in LAWS}
+    return {name: [s / b for s, b in zip(found[name], floor, strict=True)] for name in laws}
 
 
-def memories(loading: dict[str, Any]) -> tuple[Measured, Measured, dict[str, Measured]]:
+def memories(loading: dict[str, Any], laws: dict[str, str | None]) -> tuple[Measured, Measured, dict[str, Measured]]:
     """MeZO, LoRA-SGD, and hybrid with each law."""
 
     def take(method: str, peft: str, law: str | None = None) -> Measured:
         return apart(Job({**loading, "peft": peft}, method, law, threads=torch.get_num_threads()))
 
-    return take("mezo", "none"), take("peft-sgd", "lora"), {n: take("hybrid", "lora", law) for n, law in LAWS.items()}
+    return take("mezo", "none"), take("peft-sgd", "lora"), {n: take("hybrid", "lora", law) for n, law in laws.items()}
 
 
 def row(name: str, value: float, target: float | None, more: str = "") -> str:
@@ -90,10 +92,12 @@ def main() -> int:
     parser.add_argument("--pairs", type=int, default=30)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
+    parser.add_argument("--laws", nargs="+", choices=list(LAWS), default=list(LAWS))
     parser.add_argument("--no-memory", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     clock = time.perf_counter if options.clock == "wall" else time.process_time
+    laws = {name: LAWS[name] for name in options.laws}
     lines: list[str] = []
 
     def say(line: str) -> None:
@@ -110,7 +114,7 @@ def main() -> int:
         say(
             f"\n{name}, batch {ROWS} x {LENGTH}, {options.threads} threads, {options.clock} clock\n  {'':34}{'ratio':>8}{'target':>9}"
         )
-        for law, ratios in times(loading, options.pairs, clock).items():
+        for law, ratios in times(loading, laws, options.pairs, clock).items():
             low, high = quartiles(ratios)
             say(row(f"time, {law}", median(ratios), TIME.get(law), f"{low:.3f} to {high:.3f}"))
         if options.no_memory:
@@ -118,7 +122,7 @@ def main() -> int:
         if reason := available("cpu"):
             print(f"  memory is not measured: {reason}")
             continue
-        mezo, lora, hybrids = memories(loading)
+        mezo, lora, hybrids = memories(loading, laws)
         base = max(lora.phases.values())
         for law, m in hybrids.items():
             say(

@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 WORTH = 1 << 18  # numbers drawn (1 ms) below which handing work over is not worth it
 
-_pool: ThreadPoolExecutor | None = None
+_pool: tuple[int, ThreadPoolExecutor] | None = None  # with how many threads it has
 _lock = threading.Lock()
 
 
@@ -25,7 +25,7 @@ def _threads(n: int) -> ThreadPoolExecutor:
     """n threads; made again when torch's number changes, and after a fork, which threads do not survive."""
     global _pool
     with _lock:
-        if _pool is None or _pool._max_workers != n:
+        if _pool is None or _pool[0] != n:
             started = threading.Barrier(n + 1)
 
             def alone() -> None:
@@ -33,13 +33,14 @@ def _threads(n: int) -> ThreadPoolExecutor:
                 torch.set_num_threads(1)
                 started.wait()
 
-            _pool = ThreadPoolExecutor(n, "hybridtheory", alone)
+            pool = ThreadPoolExecutor(n, "hybridtheory", alone)
             for _ in range(n):
-                _pool.submit(lambda: None)
+                pool.submit(lambda: None)
             started.wait()
+            _pool = n, pool
             # The number is each thread's own, but torch also hands the last one that was set to threads that start later.
             torch.set_num_threads(n)
-        return _pool
+        return _pool[1]
 
 
 def _forget() -> None:
