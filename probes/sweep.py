@@ -166,9 +166,7 @@ class Sweep:
                 self.emit(found)
         alone = self.pool.backend == "loky" and self.pool.jobs == 1
         while works := self._needed(name):
-            if self._over():
-                return False
-            if not self._run(works[:1] if alone else works, every):
+            if self._over() or not self._run(works[:1] if alone else works, every):
                 return False
         return True
 
@@ -186,7 +184,7 @@ class Sweep:
         )
 
     def _run(self, works: Sequence[Work], every: Callable[..., Iterator[Any]]) -> bool:
-        """Run these cells; False where the time was up before all of them were done."""
+        """Run these cells, as far as the time allows; False where one of them stopped in its middle."""
         running: dict[str, Work] = {}
 
         def handed() -> Iterator[Work]:
@@ -216,7 +214,7 @@ class Sweep:
                 f"a worker died while it ran cell {listed}; finished cells are kept. Where memory was short, lower --n-jobs or "
                 f"train.micro_batch; then --resume"
             ) from None
-        return not missed and not self._over()
+        return not missed
 
     def _finish(self, cell: Cell) -> None:
         if self.registered is not None:

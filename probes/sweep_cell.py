@@ -204,7 +204,7 @@ def _cell(
     if held_out is not None:
         facts = {k: v for k, v in stable(held_out).items() if v is not None}
     return Cell(
-        id=work.id, **work.fields, ran=work.settings.method, lr_base=work.settings.lr_base, lr_peft=work.settings.lr_peft,
+        id=work.id, **work.fields, ran=work.settings.method,
         status=outcome.status, step=outcome.step, forwards=outcome.forwards, backwards=outcome.backwards,
         equivalents=outcome.equivalents, tokens=outcome.tokens, start=start, final=final, curve=curve,
         scores=_scores([r for r in records if isinstance(r, Evaluation)], spent), held_out=facts,

@@ -73,10 +73,10 @@ def rates(states: list[State], scores: list[Score]) -> Figure:
     handles: list[Any] = [
         Line2D([], [], ls="", marker="o", color=GREY, ms=2.5, alpha=0.6, label="one seed"),
         Line2D([], [], ls="", marker="o", color=BLUE, label="mean over seeds"),
-        Line2D([], [], ls="", marker="^", color=WALL, mfc="white", label="off the scale, or diverged"),
+        Line2D([], [], ls="", marker="^", color=WALL, mfc="white", label="some seed off the scale, or diverged"),
         Line2D([], [], color=BLUE, label="parabola"),
         Patch(color=BLUE, alpha=0.15, label="optimum, 95 %"),
-        Patch(color=WALL, alpha=0.12, label="diverges from within here"),
+        Patch(color=WALL, alpha=0.12, label="runs begin to diverge in here"),
         Line2D([], [], color=GREY, ls=":", label="loss before the run"),
     ]
     handles += [
@@ -131,7 +131,7 @@ def _panel(ax: Axes, state: State, scores: list[Score], rules: list[str]) -> Non
         ax.axvspan(best.interval[0] * k, best.interval[1] * k, color=BLUE, alpha=0.15, lw=0)
         title = f"{best.rate * k:.3g}  ({best.interval[0] * k:.2g} to {best.interval[1] * k:.2g})"
     else:
-        title = "not identified"
+        title = f"not identified, best run {state.best.place * k:.2g}" if state.best else ""
     for s in scores:
         if s.rule != "worst_case":
             ax.axvline(

@@ -129,6 +129,8 @@ class SweepReport:
             f"{seconds(sum(c.seconds for c in self.cells))} of runs. Loss: of the same training rows before and after each run. "
             "Rows and adapter initialisation are the same in every run of a task; a seed draws the order of rows and the directions."
         )
+        if again := [s.name for s in self.study.sources if s.reseed]:
+            out[-1] += f" Not so in {', '.join(again)}: there a seed draws rows and adapter as well."
         for t in self.all(SweepTask):
             adapter = (
                 f"{t.peft.get('type')}" + (f" r = {t.peft['rank']}" if t.peft.get("rank") else "")

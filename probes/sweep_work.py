@@ -52,14 +52,14 @@ def work(study: Study, tasks: Tasks, state: State, place: float, seed: int, **wh
     """The work of one cell; ``where``: folder and until."""
     line = state.line
     source = next(s for s in study.sources if s.name == line.task)
-    settings = settings_of(line, *state.rates(place), seed)
-    settings = half(line, settings)
+    base, peft = state.rates(place)
+    settings = half(line, settings_of(line, base, peft, seed))
     if study.checkpoint is not None:
         settings = replace(settings, checkpoint_every=study.checkpoint)
     task = tasks[source.name, source.seed_of(seed)]
     fields = {
         "task": line.task, "method": line.method, "axis": line.axis, "horizon": line.horizon, "amount": line.amount, "place": place,
-        "seed": seed,
+        "lr_base": base, "lr_peft": peft, "seed": seed,
     }  # fmt: skip
     return Work(identity(task, settings, study.threads), source, task, settings, fields, study.threads, **where)
 

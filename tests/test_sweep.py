@@ -276,6 +276,37 @@ def test_a_model_that_changed_since_is_refused(made, whole, tmp_path):
         run(replace(made, threads=2), tmp_path / "run", True)
 
 
+def test_every_cell_carries_the_predictions_that_its_sweep_began_with(tiny, tmp_path):
+    table = {**SMALL, "seeds": 1, "axes": ["peft"], "grid": {**SMALL["grid"], "extensions": 0}, "task": [tiny]}
+    made = study(table)
+    seen = sweep_cell.describe(made.sources[0], 0)
+    about = {
+        "model_sha256": seen.model_sha256,
+        "data": seen.data,
+        "adapter": {k: seen.peft[k] for k in ("type", "rank", "scale")},
+    }
+    entry = {
+        "task": "tiny",
+        "rule": "recommended",
+        "scored": True,
+        "base": None,
+        "peft": {"value": 0.123, "interval": None},
+        "ratio": None,
+    }
+    known = R.Predictions("p.json", "a" * 64, "b" * 40, [{**about, **entry}])
+    records = run(made, tmp_path / "run", registered=known)
+    assert {(c.predictions, c.predictions_commit) for c in cells(records)} == {("a" * 64, "b" * 40)}
+    assert 0.123 in {c.place for c in cells(records)}  # the predicted rate is run as well
+    part = tmp_path / "part" / rundir.RECORDS
+    part.parent.mkdir()
+    part.write_text("".join((tmp_path / "run" / rundir.RECORDS).read_text().splitlines(keepends=True)[:5]))
+    with pytest.raises(UserError, match="this sweep began with the predictions aaaaaaaaaaaa"):
+        run(made, part.parent, True, registered=replace(known, sha256="c" * 64))
+    assert stable_lines(run(made, part.parent, True)) == stable_lines(records)
+    with pytest.raises(UserError, match="are about another model"):
+        run(made, tmp_path / "other", registered=replace(known, entries=[{**about, **entry, "model_sha256": "d" * 64}]))
+
+
 def test_dask_says_what_to_install(made, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(UserError, match=r"pip install 'hybridtheory\[dask\]'"):

@@ -36,7 +36,7 @@ def made_up_cell(f, final: float) -> R.Cell:
     ended = math.isfinite(final)
     loss = [2 - (2 - min(final, 9)) * k / 4 for k in (1, 2, 3, 4)]
     return R.Cell(
-        f.id, **f.fields, ran=f.settings.method, lr_base=f.settings.lr_base, lr_peft=f.settings.lr_peft,
+        f.id, **f.fields, ran=f.settings.method,
         status="finished" if ended else "diverged", step=4, forwards=8, backwards=0, equivalents=8, tokens=80, start=2.0, final=final,
         curve={"step": [1, 2, 3, 4], "loss": loss, "equivalents": [2, 4, 6, 8], "tokens": [20, 40, 60, 80]},
         scores={"step": [0, 4], "loss": [2.0, final]}, held_out=None, weights_sha256=None, seconds=1.0, clock=[1, 2, 3, 4],
