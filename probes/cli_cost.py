@@ -81,9 +81,10 @@ def probe_cost(
 
             settings = cost.Settings(
                 methods=chosen(methods, cost.DEFAULT_METHODS), pefts=tuple(t for t in TYPES if t != "none") if peft == "all" else
-                tuple(peft.split()), rounds=rounds, memory=memory, seed=options["seed"], micro_batch=options["micro_batch"],
+                tuple(peft.split()), rounds=rounds, memory=memory, device=options["device"],
+                seed=options["seed"], micro_batch=options["micro_batch"],
             )  # fmt: skip
-            loading = {n: options[n] for n in SHARED if n in TASK} | {
+            loading = {n: options[n] for n in SHARED if n in TASK and n != "device"} | {
                 n: names(options[n]) for n in ("targets", "labels")
             }
         with terminal.Bar(console) as bar:

@@ -67,12 +67,14 @@ class Settings:
     methods  names of `METHODS`, each with "+LAW" where other directions than its own are wanted
     pefts    adapters: lora, ia3, prefix, prompt
     rounds   interleaved rounds of the timing; 0: none.  memory: measure it
+    device   where the model is
     """
 
     methods: tuple[str, ...] = DEFAULT_METHODS
     pefts: tuple[str, ...] = ("lora",)
     rounds: int = 10
     memory: bool = True
+    device: str = "cpu"
     seed: int = 0
     micro_batch: int | None = None
     blocks: str = "group"
@@ -108,8 +110,12 @@ def run(
     origin: dict[str, Any] | None = None,
     dry: bool = False,
 ) -> Iterator[Record]:
-    """Measure, record by record. ``loading``: arguments of `load_task` but ``peft``; ``done``: records of the run that is resumed."""
+    """Measure, record by record. ``done``: records of the run that is resumed.
+
+    loading  arguments of `load_task` but ``peft`` and ``device``, which the settings have. It is loaded anew in every process.
+    """
     started, jobs = time.perf_counter(), settings.jobs()
+    loading = {**loading, "device": settings.device}
     tell = progress or (lambda what, share: None)
     # An adapter's blocks say more in the header than the bare model's.
     first = next((p for _, p in jobs if p != "none"), "none")
@@ -120,7 +126,7 @@ def run(
     yield from (Warning(note, "task") for note in task.notes)
     tokens = sum(int(b["attention_mask"].sum()) for b in task.batches(len(task.rows)))
     yield from _warnings(setup, tokens)
-    reason = cost_memory.available(str(loading.get("device", "cpu"))) if settings.memory else "not asked for"
+    reason = cost_memory.available(settings.device) if settings.memory else "not asked for"
     if settings.memory and reason:
         yield Warning(f"memory is not measured: {reason}", "memory")
     expected = _estimate(setup, jobs, loaded, not reason)
