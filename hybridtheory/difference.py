@@ -16,10 +16,11 @@ evaluated in float32 at their own weights while the differences are taken.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,7 +28,7 @@ import torch
 from scipy.stats import t as student
 from torch import Tensor, nn
 
-from hybridtheory.blocks import Block, split
+from hybridtheory.blocks import Block
 from hybridtheory.oracle import Products
 from hybridtheory.oracle import _requires_grad as requires_grad
 from hybridtheory.vectors import Tensors, add_, clone, dot, norm, scale_
@@ -72,7 +73,7 @@ class Differences(Products):
 
     def __init__(self, oracle: Oracle, blocks: Sequence[Block]) -> None:
         super().__init__(oracle, blocks)
-        self._sizes = _sizes(blocks)
+        self._sizes = sizes(blocks)
         precision = max(torch.finfo(t.dtype).eps for t in self._tensors)
         # Rounding falls with 1/h and what a fit leaves out grows with h⁴, hence the fifth root; curvature changes over some
         # thousandths of the weights along the sharpest directions of small models. Only a start: `form` moves it.
@@ -116,7 +117,7 @@ class Differences(Products):
             share = self._search(v, blocks, rows, relative)
         for _ in range(FITS):
             steps = share / relative * MULTIPLES
-            found = _fit(share, steps, np.array([self._parts(v, blocks, rows, h) for h in steps]))
+            found = fit(share, np.array([self._parts(v, blocks, rows, h) for h in steps]))
             if found.bias <= found.stderr or found.settled:
                 break
             share *= max((0.1 * found.stderr / found.bias) ** (1 / 7), 0.1)
@@ -128,25 +129,17 @@ class Differences(Products):
         blocks = [blocks] if isinstance(blocks, Block) else list(blocks)
         rows = [self._slot[id(t)] for b in blocks for t in b.tensors]
         relative = self.relative(v, rows)
-        share, change = LADDER[0], 1.0
-        rung = below = sum(self._parts(v, blocks, rows, share / relative))
-        for lower in LADDER[1:]:
-            below = sum(self._parts(v, blocks, rows, lower / relative))
-            change = abs(rung - below) / max(abs(below), 1e-300)
-            if change <= 0.1:
-                break
-            share, rung = lower, below
-        return share / math.sqrt(max(change, 1e-4)), below
+        return radius(lambda share: sum(self._parts(v, blocks, rows, share / relative)), LADDER)
 
     def _search(self, v: Tensors, blocks: Sequence[Block], rows: list[int], relative: float) -> float:
         """The share at which what a fit leaves out is `WANTED` of the rounding."""
-        radius, value = self.radius(v, blocks)
+        reach, value = self.radius(v, blocks)
         # Rounding of v'g: what a sum of |g|'s terms leaves, six times over (measured on small models).
         gradient = self.gradient(*blocks)
         size = math.sqrt(sum((norm([x]) * norm([g])) ** 2 / x.numel() for x, g in zip(v, gradient, strict=True)))
         precision = max(torch.finfo(t.dtype).eps for t in self._tensors)
         rounding = 3 * precision * size * relative / max(abs(value), 1e-300)  # relative to v'Hv, at a share of 1
-        return float(min((WANTED * rounding * radius**4) ** 0.2, radius / 10, LADDER[0]))
+        return float(min((WANTED * rounding * reach**4) ** 0.2, reach / 10, LADDER[0]))
 
     def gradient(self, *blocks: Block) -> Tensors:
         """Of the whole loss on the blocks' tensors."""
@@ -161,17 +154,34 @@ class Differences(Products):
         return [dot(v, self._quotient(i, v, rows, wanted, h)) for i in range(len(self.oracle.batches))]
 
 
-def _fit(share: float, steps: np.ndarray, parts: np.ndarray) -> Form:
-    """Least squares of a + b h² + c h⁴ with weights h² (rounding is the same in every gradient). ``parts``: (steps, micro-batches).
+def radius(quotient: Callable[[float], float], ladder: Sequence[float]) -> tuple[float, float]:
+    """The share of the weights at which h² c is as large as v'Hv, and v'Hv at the lower of the two rungs that tell: the first that
+    nearly agree, or those that agree best, where rounding rises before truncation has fallen."""
+    found = (math.inf, ladder[0], 0.0)
+    above = quotient(ladder[0])
+    for share, lower in pairwise(ladder):
+        below = quotient(lower)
+        change = abs(above - below) / max(abs(below), 1e-300)
+        if change < found[0]:
+            found = (change, share, below)
+        if change <= 0.1:
+            break
+        above = below
+    change, share, value = found
+    return share / math.sqrt(min(max(change, 1e-4), 1.0)), value
+
+
+def fit(share: float, parts: np.ndarray, order: int = 1) -> Form:
+    """Least squares of a + b h² + c h⁴ over the `MULTIPLES` of a step. ``parts``: (steps, micro-batches); their rounding goes as h^-order.
 
     Two terms would do in the mean; where v'Hv is a sum that nearly cancels, h⁴ is not what b leads to expect.
     """
-    y, weight = parts.sum(axis=1), MULTIPLES
-    design = np.stack([np.ones_like(steps), MULTIPLES**2, MULTIPLES**4], axis=1)
+    y, weight = parts.sum(axis=1), MULTIPLES**order
+    design = np.stack([np.ones_like(MULTIPLES), MULTIPLES**2, MULTIPLES**4], axis=1)
     inverse = np.linalg.pinv(design * weight[:, None])
     a, b, c = (float(x) for x in inverse @ (y * weight))
     left = (y - design @ np.array([a, b, c])) * weight
-    dof = len(steps) - design.shape[1]
+    dof = len(MULTIPLES) - design.shape[1]
     stderr = math.sqrt(float(left @ left) / dof * float(inverse[0] @ inverse[0]))
     size = max(abs(a), abs(float(y[0])), 1e-300)
     # The terms go down as a geometric series would: h⁶ is to h⁴ as h² to 1.
@@ -180,7 +190,7 @@ def _fit(share: float, steps: np.ndarray, parts: np.ndarray) -> Form:
     return Form(a, stderr, dof, share, radius, bias, parts[0])
 
 
-def _sizes(blocks: Sequence[Block]) -> list[float]:
+def sizes(blocks: Sequence[Block]) -> list[float]:
     """Norm of every tensor; one that is zero (a fresh adapter, a bias) counts as its block's weights in the mean."""
     found = []
     for b in blocks:

@@ -27,7 +27,9 @@ class Engine:
 def choose(oracle: Oracle) -> Engine:
     """Try what each engine needs on the first micro-batch: a product, then a gradient. Parameters and batches stay as they are."""
     if any(hasattr(t, "device_mesh") for b in oracle.blocks for t in b.tensors):
-        return Engine("difference", "the weights are sharded, and the gradient of a sharded model cannot be differentiated")
+        return Engine(
+            "difference", "the weights are sharded, and the gradient of a sharded model cannot be differentiated"
+        )
     failed = _trial(oracle, "exact")
     if not failed:
         return Engine("exact", "a Hessian product by double backward works and fits")

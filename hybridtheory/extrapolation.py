@@ -74,9 +74,13 @@ def spectrum(
     # V'HV is diagonal on Ritz vectors; what of H V lies outside their span are the residuals.
     left = sum(e.residual**2 for e in (low, high) if e.residual is not None)
     beside = replace(
-        refined, basis=[torch.stack([t.reshape(-1) for t in pair]) for pair in zip(*vectors, strict=True)], alphas=np.array([f.value for f in forms]),
-        betas=np.zeros(1), last_beta=math.sqrt(left), forms=np.stack([f.parts for f in forms]),
-    )  # fmt: skip
+        refined,
+        basis=[torch.stack([t.reshape(-1) for t in pair]) for pair in zip(*vectors, strict=True)],
+        alphas=np.array([f.value for f in forms]),
+        betas=np.zeros(1),
+        last_beta=math.sqrt(left),
+        forms=np.stack([f.parts for f in forms]),
+    )
     return Ends(refined, forms, beside)
 
 

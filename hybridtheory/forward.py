@@ -1,0 +1,131 @@
+"""The engine ``forward``: curvature from values of the loss alone, for models whose backward does not fit.
+
+    (f(w + h v) - 2 f(w) + f(w - h v)) / h² = v'Hv + h² c + O(h⁴) + rounding / h²
+
+Directional curvature comes from a fit over several steps as in `difference`, a trace from Rademacher vectors, each extrapolated from two
+steps. What values cannot tell is not made up: ends of the spectrum, coupling, and every rule that needs a gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from scipy.stats import t as student
+
+from hybridtheory import streams
+from hybridtheory.blocks import Block
+from hybridtheory.difference import CONFIDENCE, MULTIPLES, Form, fit, radius, sizes, widened
+from hybridtheory.estimate import Estimate
+from hybridtheory.oracle import Oracle
+from hybridtheory.traces import mean_estimate
+from hybridtheory.vectors import Tensors, dot, norm
+
+# Shares of the weights at which a step is looked for: rounding rises as 1/h², so the largest that serve are wanted.
+LADDER = tuple(1.6 * 2.0**-k for k in range(11))
+PILOT = 8  # vectors of a trace that get a third step
+# Variances of what the third step leaves and of the extrapolation, in units of that of the first quotient: rounding goes as 1/h².
+LEFT, EXTRAPOLATED = 1 / 81 + 25 / 9 + (64 / 9) / 16, 16 / 9 + (1 / 9) / 16
+
+
+@dataclass(frozen=True)
+class Slopes:
+    """‖g‖² of a block from slopes along random directions, E (g'u)² = ‖g‖²: with its standard error."""
+
+    g_sq: float
+    stderr: float
+    n: int
+
+
+class Values:
+    """Second differences of f along vectors on one block; f(w) is evaluated once."""
+
+    def __init__(self, oracle: Oracle, block: Block) -> None:
+        self.oracle, self.block = oracle, block
+        self._sizes = sizes([block])
+        self.here = self.values()
+
+    def values(self) -> np.ndarray:
+        """(micro-batches,): their parts of f."""
+        found = np.array([self.oracle.value([i]) for i in range(len(self.oracle.batches))])
+        return found * np.array(self.oracle.weights) / self.oracle.total_weight
+
+    def relative(self, v: Tensors) -> float:
+        return math.sqrt(sum(dot([x], [x]) / s**2 for x, s in zip(v, self._sizes, strict=True))) or 1.0
+
+    def quotient(self, v: Tensors, h: float) -> np.ndarray:
+        """(micro-batches,)"""
+        ends = []
+        for sign in (1, -1):
+            with self.oracle.moved(self.block, v, sign * h):
+                ends.append(self.values())
+        found: np.ndarray = (ends[0] - 2 * self.here + ends[1]) / h**2
+        return found
+
+    def form(self, v: Tensors) -> Form:
+        """v'Hv from seven steps, with its error."""
+        relative = self.relative(v)
+        share = self._search(v, relative)
+        for _ in range(3):
+            steps = share / relative * MULTIPLES
+            found = fit(share, np.array([self.quotient(v, h) for h in steps]), order=2)
+            if found.bias <= found.stderr or found.settled:
+                break
+            share *= max((0.1 * found.stderr / found.bias) ** (1 / 8), 0.1)
+        return found
+
+    def _search(self, v: Tensors, relative: float) -> float:
+        """The share of the weights at which h⁴ is about the rounding; see `Differences.radius`."""
+        reach, value = radius(lambda share: float(self.quotient(v, share / relative).sum()), LADDER)
+        # The loss is reduced in float32 at least, over activations of the weights' precision.
+        precision = max(max(torch.finfo(t.dtype).eps for t in self.block.tensors), 1e-9)
+        rounding = precision * float(np.abs(self.here).sum()) * relative**2 / max(abs(value), 1e-300)
+        return float(min((rounding * reach**4) ** (1 / 6), reach / 5, LADDER[0] / 3))
+
+
+def along(oracle: Oracle, block: Block, v: Tensors) -> Estimate:
+    """v'Hv/‖v‖²: curvature along one direction."""
+    with widened(oracle.model):
+        found = Values(oracle, block).form(v)
+    size = norm(v) ** 2
+    certain = found.halfwidth <= abs(found.value) / 3
+    note = "" if certain else f"second differences leave {found.halfwidth / size:.2g} open"
+    return Estimate(found.value / size, n=1, numerical=found.halfwidth / size, resolved=certain, note=note)
+
+
+def trace(oracle: Oracle, block: Block, seed: int, vectors: int, index: int = 0) -> tuple[Estimate, np.ndarray]:
+    """tr H with standard error and ``numerical``, and the forms (vectors, micro-batches) that it is the mean of.
+
+    The vectors are those of `traces.traces` as long as that takes no pairs.
+    """
+    with widened(oracle.model):
+        values = Values(oracle, block)
+        forms, left, share = [], [], 0.0
+        for number in range(vectors):
+            z = streams.rademacher(block, seed, "trace", index, number)
+            share = share or values.form(z).share / 1.5
+            h = share / values.relative(z)
+            once, twice = values.quotient(z, h), values.quotient(z, 2 * h)
+            if number < PILOT:
+                left.append(float((values.quotient(z, 3 * h) + 5 / 3 * once - 8 / 3 * twice).sum()))
+            forms.append((4 * once - twice) / 3)
+    array = np.array(forms)
+    rounding = float(np.mean(np.square(left))) * EXTRAPOLATED / LEFT / vectors
+    width = float(student.ppf(0.5 + CONFIDENCE / 2, len(left))) * math.sqrt(rounding)
+    return replace(mean_estimate(array.sum(axis=1)), numerical=width), array
+
+
+def slopes(oracle: Oracle, block: Block, seed: int, mu: float, directions: int, index: int = 0) -> Slopes:
+    """‖g‖² from central differences of the loss along Gaussian directions, two values each."""
+    squares = []
+    for number in range(directions):
+        u = streams.gaussian(block, seed, "slopes", index, number)
+        with oracle.moved(block, u, mu):
+            up = oracle.value()
+        with oracle.moved(block, u, -mu):
+            down = oracle.value()
+        squares.append(((up - down) / (2 * mu)) ** 2)
+    array = np.array(squares)
+    return Slopes(float(array.mean()), float(array.std(ddof=1)) / math.sqrt(directions), directions)
