@@ -7,9 +7,9 @@ the test does not mind, where an interval from the residuals of one joint fit wo
 convex the set is not bounded: no optimum is identified, which is an answer too. Resampling three seeds is no alternative: they have
 ten distinct resamples.
 
-A run that diverges counts as having lost what the best rate gains, and no run counts as worse: a mean over seeds then stays a number
-that three seeds can say something about, where one loss of 50 in the wall before divergence would be all that it says. Coverage by
-simulation: docs/sweeps.md.
+A run that diverges counts as having lost `LOST` times what the best rate gains, and no run counts as worse: a mean over seeds then stays
+a number that a few seeds can say something about, where one loss of 50 in the wall before divergence would be all that it says. Coverage
+by simulation: docs/sweeps.md.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ REACH = 3.2  # rates within this factor of the best one are fitted: a grid of fa
 SHARE = (
     0.25  # and that lose at most this share of the best decrease: further up, the wall before divergence is no parabola
 )
+LOST = 4.0  # in units of the best decrease; a rate that loses one seed in five is then not worth twice the decrease
 SHAPE = 0.1  # added to both ends, in log: the minimum of a parabola through an asymmetric curve is off by up to 9 % (docs/sweeps.md)
 
 
@@ -54,10 +55,10 @@ class Optimum:
 
 
 def clipped(losses: Sequence[Sequence[float]] | Array, start: float) -> Array:
-    """(S, R) losses at the end of runs, none further above ``start`` than the best mean over seeds is below it; no nan or infinity."""
+    """(S, R) losses at the end of runs, none further above ``start`` than `LOST` times what the best rate gains; no nan or infinity."""
     y = np.asarray(losses, float)
     below = np.where(np.isfinite(y), np.minimum(y, start), start)
-    limit = 2 * start - below.mean(axis=0).min()
+    limit = start + LOST * (start - below.mean(axis=0).min())
     return np.where(np.isfinite(y), np.minimum(y, limit), limit)
 
 

@@ -103,7 +103,8 @@ class Sweep:
     folder: str | None = None
     registered: Predictions | None = None
     tasks: dict[tuple[str, int], SweepTask] = field(default_factory=dict)
-    cells: dict[str, Cell] = field(default_factory=dict)
+    cells: dict[tuple[Any, ...], Cell] = field(default_factory=dict)  # by line, place and seed
+    _by_id: dict[str, Cell] = field(default_factory=dict)
     _took: dict[str, list[float]] = field(default_factory=dict)
 
     def run(self, done: Sequence[Record], origin: dict[str, Any]) -> bool:
@@ -164,6 +165,7 @@ class Sweep:
                     refuse_other(self.registered, [found])
                 self.tasks[found.name, found.seed] = found
                 self.emit(found)
+        # A run that two lines share (the middle of a ratio line is a place of the scale line) is made once and stands in both.
         alone = self.pool.backend == "loky" and self.pool.jobs == 1
         while works := self._needed(name):
             if self._over() or not self._run(works[:1] if alone else works, every):
@@ -186,9 +188,15 @@ class Sweep:
     def _run(self, works: Sequence[Work], every: Callable[..., Iterator[Any]]) -> bool:
         """Run these cells, as far as the time allows; False where one of them stopped in its middle."""
         running: dict[str, Work] = {}
+        fresh: dict[str, Work] = {}
+        for work in works:
+            if work.id in self._by_id:
+                self._finish(replace(self._by_id[work.id], **work.fields, seconds=0.0))
+            else:
+                fresh.setdefault(work.id, work)
 
         def handed() -> Iterator[Work]:
-            for work in works:
+            for work in fresh.values():
                 if self._over():
                     return
                 running[work.id] = work
@@ -226,8 +234,9 @@ class Sweep:
         self.said(what, len(self.cells), self.expected(), self.left())
 
     def _keep(self, cell: Cell) -> None:
-        self.cells[cell.id] = cell
-        if cell.status in ("finished", "budget"):
+        self.cells[cell.task, cell.method, cell.axis, cell.horizon, cell.amount, cell.place, cell.seed] = cell
+        self._by_id[cell.id] = cell
+        if cell.seconds and cell.status in ("finished", "budget"):
             self._took.setdefault(cell.task, []).append(cell.seconds)
 
     def _over(self) -> bool:

@@ -161,7 +161,7 @@ class SweepReport:
             bound = (
                 f"{number(low and low * k)} | {number(high and high * k)}".replace("|", "to") if high else "none found"
             )
-            loss = f"{number(s.start, 4)} → {number(s.best.final, 4)}" if s.best else "–"
+            loss = _loss(s)
             rows.append(
                 [s.line.task, s.line.method, _end(s.line), AXES[s.line.axis], value, loss, bound, str(len(s.whole))]
             )
@@ -298,6 +298,16 @@ class SweepReport:
         out.append(f"{head.threads} thread{'s' if head.threads > 1 else ''} a run{f', {listed}' if listed else ''}"
                    f"{f', commit {head.git[:12]}' if head.git else ''}.")  # fmt: skip
         return [*out, "Every run stands in `records.jsonl`, every number above in `report.json`.", ""]
+
+
+def _loss(state: State) -> str:
+    """Before and after at the best place, with the seeds that ended above their start."""
+    best = state.best
+    if best is None:
+        return "–"
+    lost = sum(not c.final < c.start for c in best.cells.values())
+    after = f" ({lost} of {len(best.cells)} seeds gained nothing)" if lost else ""
+    return f"{number(state.start, 4)} → {number(state.known[best.place].loss, 4)}{after}"
 
 
 def _end(line: Line) -> str:

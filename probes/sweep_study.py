@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from hybridtheory.errors import UserError
 from probes.sweep_grid import Grid
 
 
@@ -83,17 +84,18 @@ class Study:
 
 
 def from_options(options: Mapping[str, Any]) -> Study:
-    """The study that a header's options are of."""
-    sources = tuple(Source(**s) for s in options["sources"])
-    lines = tuple(
-        Line(
-            **{
-                **line,
-                "seeds": tuple(line["seeds"]),
-                "groups": tuple(line["groups"]),
-                "grid": Grid(**line["grid"]) if line["grid"] else None,
-            }
-        )
-        for line in options["lines"]
-    )
-    return Study(sources, lines, options["threads"], None, options["target"])
+    """The study that a header's options are of. UserError where they are of no sweep, or of another version's."""
+    try:
+        return Study(
+            tuple(Source(**s) for s in options["sources"]), tuple(_line(x) for x in options["lines"]), options["threads"], None,
+            options["target"],
+        )  # fmt: skip
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"these records are of no sweep that this version reads ({error}): read them with the version in their header"
+        ) from None
+
+
+def _line(kept: Mapping[str, Any]) -> Line:
+    grid = Grid(**kept["grid"]) if kept["grid"] else None
+    return Line(**{**kept, "seeds": tuple(kept["seeds"]), "groups": tuple(kept["groups"]), "grid": grid})

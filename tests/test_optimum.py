@@ -48,9 +48,9 @@ def test_what_is_not_identified_says_why(losses, note):
     assert not found.identified and note in found.note
 
 
-def test_a_run_that_diverges_counts_as_having_lost_what_the_best_rate_gains():
+def test_a_run_that_diverges_counts_as_having_lost_four_times_what_the_best_rate_gains():
     y = O.clipped([[1.0, 1.5, math.inf], [1.2, 50.0, math.nan]], start=2.0)
-    assert y == pytest.approx(np.array([[1.0, 1.5, 2.9], [1.2, 2.9, 2.9]]))
+    assert y == pytest.approx(np.array([[1.0, 1.5, 5.6], [1.2, 5.6, 5.6]]))
 
 
 def test_losses_of_another_shape_are_refused():
@@ -116,7 +116,7 @@ def test_intervals_cover_the_minimum_of_an_asymmetric_curve(shift, noise, seeds)
     curves = np.array([descent(z + shift * x) for x in nodes])
     share = weights / weights.sum()
     lowest = (share @ np.minimum(np.nan_to_num(curves, posinf=1e9), START)).min()
-    mean = share @ np.minimum(np.nan_to_num(curves, posinf=1e9), 2 * START - lowest)
+    mean = share @ np.minimum(np.nan_to_num(curves, posinf=1e9), START + O.LOST * (START - lowest))
     truth, n = math.exp(z[mean.argmin()]), 120
     found = [o for o in (swept(shift, noise, seeds, i) for i in range(n)) if o.interval]
     covered = sum(o.interval[0] <= truth <= o.interval[1] for o in found)

@@ -57,6 +57,10 @@ def cells(records) -> list[R.Cell]:
     return [r for r in records if isinstance(r, R.Cell)]
 
 
+def by_place(found: list[R.Cell]) -> dict:
+    return {(c.axis, c.place, c.seed): jsonl.stable(c) for c in found}
+
+
 # ---- cells -----------------------------------------------------------------------------------------------------------
 
 
@@ -154,7 +158,7 @@ def test_the_identity_of_a_cell_is_what_determines_it(one):
 
 @pytest.fixture(scope="module")
 def made(tiny):
-    return study({**SMALL, "axes": ["base", "peft", "scale"], "task": [tiny]})
+    return study({**SMALL, "axes": ["base", "peft", "scale", "ratio"], "task": [tiny]})
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +168,7 @@ def whole(made, tmp_path_factory):
     return run(made, folder), folder
 
 
-@pytest.mark.parametrize("part", [0.2, 0.7])
+@pytest.mark.parametrize("part", [0.2, 0.6])
 def test_a_sweep_killed_at_any_moment_resumes_to_the_same_records(made, whole, tmp_path, part):
     expected, _ = whole
     total, folder = len(cells(expected)), tmp_path / "cut"
@@ -191,6 +195,16 @@ def test_a_sweep_killed_at_any_moment_resumes_to_the_same_records(made, whole, t
     again = run(made, folder, True, said=lambda what, *a: ran.append(what))
     assert stable_lines(again) == stable_lines(expected)
     assert len([w for w in ran if "loss" in w]) == total - len(kept)
+
+
+def test_a_run_that_two_lines_share_is_made_once(whole):
+    found = cells(whole[0])
+    assert len({(c.axis, c.place, c.seed) for c in found}) == len(found) > len({c.id for c in found})
+    for cell in found:
+        first = next(c for c in found if c.id == cell.id)
+        labels = {"axis": cell.axis, "place": cell.place, "seconds": first.seconds}
+        assert cell.seconds == 0 or cell is first
+        assert same(cell, replace(first, **labels))
 
 
 def test_a_slice_ends_cleanly_and_the_next_goes_on(made, whole, tmp_path):
@@ -258,7 +272,7 @@ def test_a_worker_that_dies_is_named_and_nothing_finished_is_lost(made, whole, t
     assert len(kept) >= 6 and victim not in kept
     monkeypatch.undo()
     done = cells(run(made, folder, True))
-    assert {c.id: jsonl.stable(c) for c in done} == {c.id: jsonl.stable(c) for c in cells(expected)}
+    assert by_place(done) == by_place(cells(expected))
     assert [c.id for c in done[: len(kept)]] == list(kept)
 
 
@@ -317,7 +331,7 @@ def test_dask_says_what_to_install(made, tmp_path, monkeypatch):
 def test_dask_runs_the_same_cells(made, whole, tmp_path):
     pytest.importorskip("distributed")
     done = cells(run(made, tmp_path / "run", pool=sweep.Pool(1, "dask")))
-    assert {c.id: jsonl.stable(c) for c in done} == {c.id: jsonl.stable(c) for c in cells(whole[0])}
+    assert by_place(done) == by_place(cells(whole[0]))
 
 
 @pytest.fixture

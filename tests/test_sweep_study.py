@@ -250,6 +250,11 @@ def test_predictions_of_another_model_are_refused(repository):
 # ---- bad input -------------------------------------------------------------------------------------------------------
 
 
+def test_records_of_something_else_are_refused():
+    with pytest.raises(UserError, match="of no sweep that this version reads"):
+        sweep_report.SweepReport(made_up_run("group"))
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
