@@ -1,9 +1,10 @@
 """How far `difference` and `forward` are from `exact`, on tiny models of every architecture, and how often their intervals cover it.
 
-    python benchmarks/engines.py [--seeds 6] [--dtype float32] [--out docs/reports/engines.md] [ARCHITECTURE ...]
+    python benchmarks/engines.py [--seeds 6] [--dtype float32] --rows ROWS.jsonl [ARCHITECTURE ...]
 
-A row is an architecture, a block and a seed (weights of their own). The exact number of a row is taken on the same vectors with the same
-weights in float64 (float32 where the model does not run in float64): v'Hv at the same two Ritz vectors, the trace of the same probe vectors.
+A row is an architecture, a block and a seed (weights of their own). The exact number of a row is taken on the same vectors with the
+same weights in float64 (float32 where the model does not run in float64): v'Hv at the same two Ritz vectors, the trace of the same
+probe vectors.
 "own" sets lambda_max beside the exact engine's own Lanczos run from the same start.
 """
 
@@ -34,7 +35,7 @@ from probes.tasks import load_task
 
 TEXTS = ["the film was a warm story", "it was dull", "a terrible plot, and no good actor in the scene", "great"]
 KINKED = ("opt", "t5")  # ReLU: the Hessian almost everywhere and curvature at a scale are different numbers
-STEPS, VECTORS = 12, 4
+STEPS, VECTORS = 10, 4
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("architectures", nargs="*", default=list(CONFIGS))
     parser.add_argument("--seeds", type=int, default=6)
+    parser.add_argument("--first", type=int, default=0, help="the first seed to measure")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--rows", type=Path, help="append the rows to this JSON-lines file")
     given = parser.parse_args()
@@ -146,7 +148,9 @@ def main() -> None:
     for name in given.architectures or list(CONFIGS):
         with tempfile.TemporaryDirectory() as folder:
             task, wide = tasks(name, Path(folder), given.dtype)
-            for seed in range(given.seeds):
+            for seed in range(given.first):
+                moved(task.model, seed)
+            for seed in range(given.first, given.seeds):
                 for row in measure(name, seed, given.dtype, task, wide):
                     line = json.dumps(asdict(row))
                     if given.rows:

@@ -7,7 +7,7 @@ models whose graph of the gradient does not fit. The step is a share of the weig
 on plain quotients: the error of a Ritz vector enters its Rayleigh quotient v'Hv squared. What is reported is then v'Hv at the final
 vector from six steps, a fit of a + b h² (Richardson's extrapolation by least squares) whose residuals give the rounding, and with it a
 t-interval; the steps are moved until the h⁴ that the fit leaves out is small beside the rounding. Traces extrapolate every vector
-from two steps, and a third one on the first vectors gives the rounding.
+from two steps; a fit each on the first vectors says what that leaves out in the mean, and the rounding.
 
 A loss computed in 16 bits is a staircase, and no step serves both its treads and its curvature (docs/log.md): 16-bit models are
 evaluated in float32 at their own weights while the differences are taken.
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from hybridtheory.oracle import Oracle
 
 MULTIPLES = np.linspace(1.0, 3.0, 7)  # steps of a fit, in units of the first
+TWICE = 3  # where among them 2 is
+PILOT = 8  # vectors of a trace that get a fit each
 LADDER = tuple(0.1 * 4.0**-k for k in range(9))  # shares of the weights at which a step is looked for
 WANTED = 1.0  # the fit's h⁴ at its steps, in units of its rounding: h⁶ is then well below
 FITS = 3  # with smaller and smaller steps, at most
@@ -171,14 +173,27 @@ def radius(quotient: Callable[[float], float], ladder: Sequence[float]) -> tuple
     return share / math.sqrt(min(max(change, 1e-4), 1.0)), value
 
 
+def _design(order: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Terms 1, h², h⁴ at the `MULTIPLES`, weights of the rows (rounding goes as h^-order), and the solution's operator."""
+    design = np.stack([np.ones_like(MULTIPLES), MULTIPLES**2, MULTIPLES**4], axis=1)
+    weight = MULTIPLES**order
+    return design, weight, np.linalg.pinv(design * weight[:, None])
+
+
+def coefficients(order: int = 1) -> np.ndarray:
+    """(steps,) c with c'y = a: what a fit makes of the quotients, be they numbers or vectors."""
+    _, weight, inverse = _design(order)
+    found: np.ndarray = inverse[0] * weight
+    return found
+
+
 def fit(share: float, parts: np.ndarray, order: int = 1) -> Form:
     """Least squares of a + b h² + c h⁴ over the `MULTIPLES` of a step. ``parts``: (steps, micro-batches); their rounding goes as h^-order.
 
     Two terms would do in the mean; where v'Hv is a sum that nearly cancels, h⁴ is not what b leads to expect.
     """
-    y, weight = parts.sum(axis=1), MULTIPLES**order
-    design = np.stack([np.ones_like(MULTIPLES), MULTIPLES**2, MULTIPLES**4], axis=1)
-    inverse = np.linalg.pinv(design * weight[:, None])
+    design, weight, inverse = _design(order)
+    y = parts.sum(axis=1)
     a, b, c = (float(x) for x in inverse @ (y * weight))
     left = (y - design @ np.array([a, b, c])) * weight
     dof = len(MULTIPLES) - design.shape[1]
@@ -186,8 +201,26 @@ def fit(share: float, parts: np.ndarray, order: int = 1) -> Form:
     size = max(abs(a), abs(float(y[0])), 1e-300)
     # The terms go down as a geometric series would: h⁶ is to h⁴ as h² to 1.
     bias = abs(c * b / size * float(inverse[0] @ (MULTIPLES**6 * weight)))
-    radius = share * math.sqrt(size / abs(b)) if b else math.inf
-    return Form(a, stderr, dof, share, radius, bias, parts[0])
+    reach = share * math.sqrt(size / abs(b)) if b else math.inf
+    return Form(a, stderr, dof, share, reach, bias, parts[0])
+
+
+def level(pilots: np.ndarray, n: int, order: int = 1) -> tuple[float, float]:
+    """What to add to a mean of n forms of which the first p are fits and the rest (4 D(h) - D(2h))/3, and the half-width of the sum.
+
+    ``pilots``: (p, steps), the quotients behind the fits. On the pilots both numbers are known; what the cheap one is off there in the
+    mean is taken off the rest. Two levels of one estimate, as in multilevel Monte Carlo (Giles 2008).
+    """
+    p = len(pilots)
+    fits = [fit(1.0, y[:, None], order) for y in pilots]
+    off = np.array([f.value for f in fits]) - (4 * pilots[:, 0] - pilots[:, TWICE]) / 3
+    rounding = float(np.mean([f.stderr**2 for f in fits])) / p
+    if n <= p:
+        return 0.0, float(student.ppf(0.5 + CONFIDENCE / 2, p * fits[0].dof)) * math.sqrt(rounding)
+    rest = 1 - p / n
+    spread = float(off.var(ddof=1)) * rest**2 * (1 / (n - p) + 1 / p)
+    width = float(student.ppf(0.5 + CONFIDENCE / 2, p - 1)) * math.sqrt(rounding + spread)
+    return rest * float(off.mean()), width
 
 
 def sizes(blocks: Sequence[Block]) -> list[float]:

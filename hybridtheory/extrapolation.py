@@ -15,19 +15,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import t as student
 from torch import Tensor
 
 from hybridtheory import lanczos, streams
 from hybridtheory import traces as exact
 from hybridtheory.blocks import Block
-from hybridtheory.difference import CONFIDENCE, Differences, Form
+from hybridtheory.difference import MULTIPLES, PILOT, Differences, Form, coefficients, level
 from hybridtheory.estimate import Estimate
 from hybridtheory.lanczos import Lanczos
 from hybridtheory.traces import Traces
 from hybridtheory.vectors import Tensors, add_, dot, norm, scale, scale_
 
-PILOT = 8  # vectors of a trace that get a third step: what the two others miss is rounding
 # A quotient may be off by this share of the spectrum's larger end before Lanczos is run again with smaller steps: a Ritz vector is then
 # off by about as much, and its Rayleigh quotient by the square.
 TRUNCATION = 0.02
@@ -133,32 +131,32 @@ def _like(weights: np.ndarray, rows: Tensor) -> Tensor:
 
 
 class Extrapolated(Differences):
-    """(4 D(h) − D(2h))/3 v; the first `PILOT` vectors take a third step, 3h, and keep what it adds to the extrapolation."""
+    """(4 D(h) − D(2h))/3 v, and for the first `PILOT` vectors the fit over all `MULTIPLES`, whose quadratic forms are kept."""
 
     def __init__(self, hess: Differences, share: float) -> None:
         super().__init__(hess.oracle, hess.blocks)
         self.share = share
-        self.left: dict[int, dict[int, list[float]]] = {}  # vector -> micro-batch -> what is left, a tensor each
+        self.kept: dict[int, dict[int, np.ndarray]] = {}  # vector -> micro-batch -> (steps, tensors)
         self._seen: list[weakref.ref[Tensor]] = []  # a vector comes once for every micro-batch
 
     def _difference(self, i: int, v: Tensors, rows: list[int], wanted: list[Tensor]) -> Tensors:
         h = self.share / self.relative(v, rows)
-        once, twice = (self._quotient(i, v, rows, wanted, k * h) for k in (1, 2))
         number = next((n for n, seen in enumerate(self._seen) if seen() is v[0]), PILOT)
         if number == PILOT and len(self._seen) < PILOT:
             number = len(self._seen)
             self._seen.append(weakref.ref(v[0]))
+        steps, weights = (MULTIPLES, coefficients()) if number < PILOT else ((1.0, 2.0), (4 / 3, -1 / 3))
+        total: Tensors = []
+        forms = []
+        for multiple, weight in zip(steps, weights, strict=True):
+            quotient = self._quotient(i, v, rows, wanted, float(multiple) * h)
+            if number < PILOT:
+                forms.append([dot([x], [q]) for x, q in zip(v, quotient, strict=True)])
+            scale_(quotient, float(weight))
+            total = add_(total, quotient) if total else quotient
         if number < PILOT:
-            thrice = self._quotient(i, v, rows, wanted, 3 * h)
-            self.left.setdefault(number, {})[i] = [
-                dot([x], [c]) + 5 / 3 * dot([x], [a]) - 8 / 3 * dot([x], [b])
-                for x, a, b, c in zip(v, once, twice, thrice, strict=True)
-            ]
-        return add_(scale_(once, 4 / 3), twice, -1 / 3)
-
-
-# Variances of what is left and of the extrapolation, in units of that of D(h): rounding is the same in every gradient.
-LEFT, EXTRAPOLATED = 1 / 9 + 25 / 9 + 64 / 36, 16 / 9 + 1 / 36
+            self.kept.setdefault(number, {})[i] = np.array(forms)
+        return total
 
 
 def traces(
@@ -169,17 +167,14 @@ def traces(
     first = [t for b in blocks for t in streams.rademacher(b, seed, "trace", index, 0)]
     if alone:
         first = exact._outside(first, alone.beside.basis or [])
-    # Smaller steps than a fit's, which takes one term more: what the extrapolation leaves out is then a tenth of one vector's rounding.
-    finer = Extrapolated(hess, hess.form(first, blocks).share / 2)
+    finer = Extrapolated(hess, hess.form(first, blocks).share)
     found = exact.traces(finer, blocks, seed, index=index, beside=alone.beside if alone else None, **options)
-    left = np.array([np.sum(list(parts.values()), axis=0) for parts in finer.left.values()])  # (pilots, tensors)
-    ends = np.cumsum([len(b.tensors) for b in blocks])[:-1]
+    kept = np.array([np.sum(list(parts.values()), axis=0) for parts in finer.kept.values()])  # (pilots, steps, tensors)
+    places = np.cumsum([len(b.tensors) for b in blocks])[:-1]
     result = {}
-    for b, own in zip(blocks, np.split(left, ends, axis=1), strict=True):
+    for b, own in zip(blocks, np.split(kept, places, axis=2), strict=True):
         t = found[b.name]
-        rounding = float((own.sum(axis=1) ** 2).mean()) * EXTRAPOLATED / LEFT / max(t.trace.n, 1)
-        of_ends = [f.stderr**2 for f in alone.forms] if alone else []
-        width = float(student.ppf(0.5 + CONFIDENCE / 2, len(left))) * math.sqrt(rounding + sum(of_ends))
-        width += sum(f.bias for f in alone.forms) if alone else 0.0
-        result[b.name] = replace(t, trace=replace(t.trace, numerical=width))
+        correction, width = level(own.sum(axis=2), t.trace.n)
+        width = math.hypot(width, *(f.halfwidth for f in alone.forms)) if alone else width
+        result[b.name] = replace(t, trace=replace(t.trace, value=t.trace.value + correction, numerical=width))
     return result

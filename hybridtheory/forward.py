@@ -9,15 +9,15 @@ steps. What values cannot tell is not made up: ends of the spectrum, coupling, a
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from scipy.stats import t as student
 
 from hybridtheory import streams
 from hybridtheory.blocks import Block
-from hybridtheory.difference import CONFIDENCE, MULTIPLES, Form, fit, radius, sizes, widened
+from hybridtheory.difference import MULTIPLES, PILOT, Form, coefficients, fit, level, radius, sizes, widened
 from hybridtheory.estimate import Estimate
 from hybridtheory.oracle import Oracle
 from hybridtheory.traces import mean_estimate
@@ -25,9 +25,6 @@ from hybridtheory.vectors import Tensors, dot, norm
 
 # Shares of the weights at which a step is looked for: rounding rises as 1/h², so the largest that serve are wanted.
 LADDER = tuple(1.6 * 2.0**-k for k in range(11))
-PILOT = 8  # vectors of a trace that get a third step
-# Variances of what the third step leaves and of the extrapolation, in units of that of the first quotient: rounding goes as 1/h².
-LEFT, EXTRAPOLATED = 1 / 81 + 25 / 9 + (64 / 9) / 16, 16 / 9 + (1 / 9) / 16
 
 
 @dataclass(frozen=True)
@@ -102,30 +99,40 @@ def trace(oracle: Oracle, block: Block, seed: int, vectors: int, index: int = 0)
     """
     with widened(oracle.model):
         values = Values(oracle, block)
-        forms, left, share = [], [], 0.0
+        forms, pilots, share = [], [], 0.0
         for number in range(vectors):
             z = streams.rademacher(block, seed, "trace", index, number)
-            share = share or values.form(z).share / 1.5
+            share = share or values.form(z).share
             h = share / values.relative(z)
-            once, twice = values.quotient(z, h), values.quotient(z, 2 * h)
             if number < PILOT:
-                left.append(float((values.quotient(z, 3 * h) + 5 / 3 * once - 8 / 3 * twice).sum()))
-            forms.append((4 * once - twice) / 3)
+                quotients = np.array([values.quotient(z, m * h) for m in MULTIPLES])
+                pilots.append(quotients.sum(axis=1))
+                forms.append(coefficients(order=2) @ quotients)
+            else:
+                forms.append((4 * values.quotient(z, h) - values.quotient(z, 2 * h)) / 3)
     array = np.array(forms)
-    rounding = float(np.mean(np.square(left))) * EXTRAPOLATED / LEFT / vectors
-    width = float(student.ppf(0.5 + CONFIDENCE / 2, len(left))) * math.sqrt(rounding)
-    return replace(mean_estimate(array.sum(axis=1)), numerical=width), array
+    correction, width = level(np.array(pilots), vectors, order=2)
+    found = mean_estimate(array.sum(axis=1))
+    return replace(found, value=found.value + correction, numerical=width), array
 
 
-def slopes(oracle: Oracle, block: Block, seed: int, mu: float, directions: int, index: int = 0) -> Slopes:
-    """‖g‖² from central differences of the loss along Gaussian directions, two values each."""
+def slopes(
+    oracle: Oracle,
+    block: Block,
+    seed: int,
+    mu: float,
+    directions: int,
+    index: int = 0,
+    rows: Sequence[int] | None = None,
+) -> Slopes:
+    """‖g‖² from central differences of the loss (of the micro-batches ``rows``) along Gaussian directions, two values each."""
     squares = []
     for number in range(directions):
         u = streams.gaussian(block, seed, "slopes", index, number)
         with oracle.moved(block, u, mu):
-            up = oracle.value()
+            up = oracle.value(rows)
         with oracle.moved(block, u, -mu):
-            down = oracle.value()
+            down = oracle.value(rows)
         squares.append(((up - down) / (2 * mu)) ** 2)
     array = np.array(squares)
     return Slopes(float(array.mean()), float(array.std(ddof=1)) / math.sqrt(directions), directions)

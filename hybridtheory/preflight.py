@@ -22,6 +22,7 @@ import torch
 
 from hybridtheory import streams
 from hybridtheory.blocks import Block, split
+from hybridtheory.difference import Differences
 from hybridtheory.estimate import Finding
 from hybridtheory.oracle import Oracle
 from hybridtheory.vectors import Tensors, dot, norm
@@ -58,8 +59,16 @@ def preflight(oracle: Oracle, seed: int = 0, second_order: bool = True) -> Verdi
     if not same:
         why = f"two evaluations of the loss differ ({first!r}, {second!r}): put the model in eval mode and remove random augmentation"
         return Verdict("refused", findings, why)
+    if oracle.engine == "forward":
+        return Verdict("ok", findings, "values only: no derivative is taken, so none is checked")
     oracle = Oracle(
-        oracle.model, oracle.objective, oracle.batches[:1], oracle.blocks, oracle.curvature, oracle.memory_limit
+        oracle.model,
+        oracle.objective,
+        oracle.batches[:1],
+        oracle.blocks,
+        oracle.curvature,
+        oracle.memory_limit,
+        oracle.engine,
     )
     groups: dict[str, list[Block]] = {}
     for block in oracle.blocks:
@@ -76,6 +85,12 @@ def preflight(oracle: Oracle, seed: int = 0, second_order: bool = True) -> Verdi
         if not second_order:
             continue
         with oracle.products(*blocks) as hess:
+            if isinstance(hess, Differences):
+                finding = _check_form(hess, group, blocks, v)
+                findings.append(finding)
+                if not finding.holds:
+                    kinked.append(group)
+                continue
             hv = hess(v)
             u = _direction(blocks, seed, "u")
             symmetry = _check_symmetry(group, u, v, hv, hess(u))
@@ -159,6 +174,14 @@ def _check_symmetry(group: str, u: Tensors, v: Tensors, hv: Tensors, hu: Tensors
     size = max(_size(u, hv), abs(a), abs(b))
     error = abs(a - b) / size if size else 0.0
     return Finding(f"u'Hv = v'Hu, {group}", error, 1e-3, error <= 1e-3, f"u'Hv = {a:.6g}, v'Hu = {b:.6g}")
+
+
+def _check_form(hess: Differences, group: str, blocks: list[Block], v: Tensors) -> Finding:
+    """Differences cannot be checked by differences: that they settle on a number is what there is to know."""
+    found = hess.form(v, blocks)
+    error = found.halfwidth / abs(found.value) if found.value else 0.0
+    note = f"v'Hv = {found.value:.6g} +- {found.halfwidth:.1g} at steps of {found.share:.0e} of the weights and up"
+    return Finding(f"v'Hv settles, {group}", error, SECOND_ORDER, error <= SECOND_ORDER, note)
 
 
 def _check_product(

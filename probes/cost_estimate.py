@@ -83,6 +83,8 @@ def estimate(probe: Probe, meter: Meter) -> Cost:
     s, oracle, groups = probe.settings, probe.oracle, probe.groups
     inner = [b for b in probe.all_blocks if b not in groups]
     value = timed(oracle.value)
+    if oracle.engine == "forward":
+        return _values_only(probe, meter, value)
     gradient = timed(lambda: oracle.gradient(*groups))
     product = {}
     with oracle.products(*groups) as hess:
@@ -138,3 +140,15 @@ def estimate(probe: Probe, meter: Meter) -> Cost:
         seconds,
         max(held, peak(oracle)) + 4 * largest,
     )
+
+
+def _values_only(probe: Probe, meter: Meter, value: float) -> Cost:
+    """What ``--engine forward`` takes: slopes, two or three second differences a vector of the trace, and the finite-scale rule."""
+    s = probe.settings
+    blocks = len(probe.all_blocks)
+    base = 2 * 4 * s.directions + 4 * max(s.max_vectors // 4, 8) + s.directions * VALUES_PER_DIRECTION + 40
+    point = base * blocks + 2 * DELTAS * max(s.directions // 3, 2)
+    values = s.points * point + 3 * s.run_steps
+    largest = max(sum(t.numel() * t.element_size() for t in g.tensors) for g in probe.groups)
+    seconds = time.perf_counter() - meter.started + values * value
+    return Cost("estimated", 0, 0, values, seconds, peak(probe.oracle) + 2 * largest)

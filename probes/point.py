@@ -15,6 +15,7 @@ from hybridtheory.blocks import Block
 from hybridtheory.difference import Differences
 from hybridtheory.errors import UserError
 from hybridtheory.estimate import Estimate
+from hybridtheory.forward import Slopes
 from hybridtheory.oracle import Oracle, Products
 from hybridtheory.quadrature import negative_part
 from hybridtheory.theory.finite_scale import finite_scale, least, phi_trace
@@ -173,22 +174,14 @@ def measure(
                 margin = run.lam_max
     scales: dict[str, Any] = {"phi": {}, "finite_scale": {}}
     for group in groups:
-        phi, finite = _finite(
+        phi, finite = at_finite_scale(
             oracle, group, made[group.name], pass_.loss, gradients.get(group.name, []), settings, rows, index
         )
         if phi is not None:
             scales["phi"][group.name] = phi
         if finite is not None:
             scales["finite_scale"][group.name] = finite
-        if phi is not None and settings.mu in phi.delta:
-            at = phi.delta.index(settings.mu)
-            trace = Estimate(
-                2 * phi.mean[at] / settings.mu**2,
-                stderr=2 * phi.stderr[at] / settings.mu**2,
-                n=phi.n,
-                resolved=phi.stderr[at] <= abs(phi.mean[at]) / 3,
-            )
-            made[group.name] = replace(made[group.name], at_scale=AtScale(settings.mu, {"trace": trace}))
+        made[group.name] = replace(made[group.name], at_scale=at_mu(phi, settings.mu))
     return Point(
         index=index,
         step=step,
@@ -200,6 +193,20 @@ def measure(
         seconds=time.perf_counter() - started,
         **scales,
     )
+
+
+def at_mu(phi: Phi | None, mu: float) -> AtScale | None:
+    """The trace that a step of size mu sees."""
+    if phi is None or mu not in phi.delta:
+        return None
+    at = phi.delta.index(mu)
+    trace = Estimate(
+        2 * phi.mean[at] / mu**2,
+        stderr=2 * phi.stderr[at] / mu**2,
+        n=phi.n,
+        resolved=phi.stderr[at] <= abs(phi.mean[at]) / 3,
+    )
+    return AtScale(mu, {"trace": trace})
 
 
 def _curvature(
@@ -253,7 +260,7 @@ def _curvature(
             effective_rank=plus.times(1 / top) if top > 0 else None,
             density=Density(run.nodes.tolist(), run.weights.tolist(), n=1),
             gHg=Estimate(along[block.name][1], n=1, resolved=math.isfinite(along[block.name][1])),
-            rows_stderr=_jackknife(forms if whole else traces[block.name].forms, shares),
+            rows_stderr=jackknife(forms if whole else traces[block.name].forms, shares),
         )
     return made
 
@@ -308,7 +315,7 @@ def _trace_plus(run: curvature.Lanczos, trace: Estimate, d: int) -> Estimate:
     return Estimate(value, stderr, upper=upper, confidence=0.95, n=trace.n, resolved=resolved, note=note, lower=lower)
 
 
-def _jackknife(forms: np.ndarray, shares: np.ndarray) -> float | None:
+def jackknife(forms: np.ndarray, shares: np.ndarray) -> float | None:
     """Standard error of a trace from the choice of rows: leave one micro-batch out of forms[vector, micro-batch]."""
     parts, m = forms.mean(axis=0), len(shares)
     if m < 3 or len(parts) != m:
@@ -317,7 +324,7 @@ def _jackknife(forms: np.ndarray, shares: np.ndarray) -> float | None:
     return float(math.sqrt((m - 1) / m * np.sum((left_out - left_out.mean()) ** 2)))
 
 
-def _finite(
+def at_finite_scale(
     oracle: Oracle,
     group: Block,
     point: BlockPoint,
@@ -326,8 +333,12 @@ def _finite(
     settings: Settings,
     rows: int,
     index: int,
+    slopes_sq: Slopes | None = None,
 ) -> tuple[Phi | None, FiniteScale | None]:
-    """phi(delta) and the finite-scale rule: forward passes along the same Gaussian directions."""
+    """phi(delta) and the finite-scale rule: forward passes along the same Gaussian directions.
+
+    ``slopes_sq``: the mean square of the slopes, from other directions, where the gradient and its noise are not known.
+    """
     trace = point.trace.value if point.trace is not None else math.nan
     deltas = _deltas(loss, trace, settings.mu)
     curved = abs(trace) + (settings.q + 1) * abs(point.gHg.value if point.gHg is not None else 0.0)
@@ -335,7 +346,7 @@ def _finite(
     few = settings.directions if zeroth else max(settings.directions // 3, 4)
     with_phi = max(few // 3, 2)
     etas = (1.0 / curved) * 2.0 ** np.arange(-4, 4) if curved > 0 else np.array([])
-    batch, share = _training_batch(oracle, settings.batch_size, rows)
+    batch, share = training_batch(oracle, settings.batch_size, rows)
     plus, minus, slopes, changes = [], [], [], []
     for j in range(few):
         if not zeroth and j >= with_phi:
@@ -356,18 +367,17 @@ def _finite(
             changes.append([change(-eta * c) - loss for eta in etas])
     phi = _phi(deltas, np.array(plus), np.array(minus), trace)
     if not zeroth:
-        return phi, _line_search(oracle, group, gradient, point, loss)
+        return phi, _line_search(oracle, group, gradient, point, loss) if gradient else None
     if not len(etas):
         return phi, None
     noise = point.noise.value if point.noise is not None and math.isfinite(point.noise.value) else 0.0
     # Rows drawn without replacement from the measured ones: the variance of their mean shrinks to zero as they become all of them.
     variance = noise / (share * rows) * (1 - share) if share < 1 else 0.0
-    return phi, _zo_rule(
-        np.asarray(etas), np.array(changes), np.array(slopes), point.grad_norm**2, variance, settings.seed
-    )
+    mean = slopes_sq or Slopes(point.grad_norm**2 + variance, 0.0, 0)
+    return phi, _zo_rule(np.asarray(etas), np.array(changes), np.array(slopes), mean, settings.seed)
 
 
-def _training_batch(oracle: Oracle, batch_size: int, rows: int) -> tuple[list[int] | None, float]:
+def training_batch(oracle: Oracle, batch_size: int, rows: int) -> tuple[list[int] | None, float]:
     """Micro-batches that make up one training batch (None: all), and their share of the weight."""
     if batch_size >= rows:
         return None, 1.0
@@ -417,13 +427,11 @@ def _phi(deltas: list[float], plus: np.ndarray, minus: np.ndarray, trace: float)
     )
 
 
-def _zo_rule(
-    etas: np.ndarray, changes: np.ndarray, slopes: np.ndarray, g_sq: float, variance: float, seed: int
-) -> FiniteScale | None:
+def _zo_rule(etas: np.ndarray, changes: np.ndarray, slopes: np.ndarray, mean: Slopes, seed: int) -> FiniteScale | None:
     finite = np.isfinite(changes).all(axis=0)
-    if finite.sum() < 3 or g_sq <= 0:
+    if finite.sum() < 3 or mean.g_sq <= 0:
         return None
-    rule = finite_scale(etas[finite], changes[:, finite], slopes, g_sq, variance=variance, seed=seed)
+    rule = finite_scale(etas[finite], changes[:, finite], slopes, mean.g_sq, mean.stderr, seed=seed)
     note = "" if finite.all() else f"the loss overflowed at eta = {etas[~finite][0]:.2g} and above"
     return FiniteScale(
         eta=list(rule.etas),

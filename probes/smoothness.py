@@ -21,7 +21,7 @@ from hybridtheory.errors import UserError
 from hybridtheory.optimizers import Hybrid
 from hybridtheory.preflight import preflight
 from hybridtheory.vectors import Tensors, add_, clone, norm
-from probes import rates
+from probes import forward_point, rates
 from probes.cost_estimate import Meter, estimate
 from probes.fits import fits
 from probes.given import Given, evaluating, given
@@ -63,6 +63,8 @@ def run(
     yield header(probe, "smoothness", origin or {})
     with _restored(probe.groups) if restore else nullcontext():
         yield from _warnings(task)
+        if probe.oracle.engine == "forward":
+            yield from forward_point.unknown(probe.groups)
         yield from _preflight(probe, meter)
         expected = estimate(probe, meter)
         yield expected
@@ -93,7 +95,9 @@ def _trajectory(probe: Probe, meter: Meter, done: Sequence[Record]) -> Iterator[
         (r.step, r.block, r.move): r for r in done if isinstance(r, Secant)
     }
     at_points = _spread(s.points, s.run_steps)
-    at_secants = set(_spread(s.secants, s.run_steps))
+    forward = probe.oracle.engine == "forward"
+    measure_point = forward_point.measure if forward else measure
+    at_secants = set() if forward else set(_spread(s.secants, s.run_steps))
     walk: Walk | None = None
     last: tuple[int, Tensors, Tensors] | None = None  # step, weights and gradient at the last secant position
     for step in range(s.run_steps + 1):
@@ -104,7 +108,7 @@ def _trajectory(probe: Probe, meter: Meter, done: Sequence[Record]) -> Iterator[
                 record = have_points[index]
             else:
                 meter.phase(f"point {index + 1} of {s.points}")
-                record = measure(probe.oracle, probe.groups, probe.blocks, s, probe.rows, index, step)
+                record = measure_point(probe.oracle, probe.groups, probe.blocks, s, probe.rows, index, step)
                 yield record
             if walk is None:
                 walk = Walk.start(probe, record)
@@ -149,11 +153,14 @@ class Walk:
     def __init__(self, probe: Probe, lr: dict[str, float]) -> None:
         self.probe = probe
         s = probe.settings
+        # Values alone move the base; an adapter's rule is for gradients, and without them it stays where it is.
+        values_only = probe.oracle.engine == "forward"
+        self.groups = [b for b in probe.groups if b.group == "base" or not values_only]
         groups = [
             {"block": b, "lr": lr[b.name], "kind": "fo"}
             if b.group == "peft"
             else {"block": b, "lr": lr[b.name], "kind": "zo", "mu": s.mu, "q": s.q, "difference": "central"}
-            for b in probe.groups
+            for b in self.groups
         ]
         self.optimizer = Hybrid(groups, probe.task.model, seed=s.seed)
         self.loss = probe.oracle.value()
@@ -178,7 +185,7 @@ class Walk:
     def step(self, number: int) -> Iterator[TrainStep]:
         """Take one step that does not raise the loss; each attempt is a record."""
         for _ in range(self.HALVINGS):
-            before = {b.name: clone(b.tensors) for b in self.probe.groups}
+            before = {b.name: clone(b.tensors) for b in self.groups}
             eta = {g["block"].name: float(g["lr"]) for g in self.optimizer.param_groups}
             self.optimizer.step(self._closure)
             after = self.probe.oracle.value()
@@ -189,7 +196,7 @@ class Walk:
                 yield TrainStep(number + 1, after, eta)
                 return
             guilty = self._blame(before)
-            _put(self.probe.groups, before)
+            _put(self.groups, before)
             for g in self.optimizer.param_groups:
                 if g["block"].name in guilty:
                     g["lr"] /= 2
@@ -214,7 +221,7 @@ class Walk:
         if len(before) == 1:
             return list(before)
         found = []
-        for block in self.probe.groups:
+        for block in self.groups:
             moved = clone(block.tensors)
             _put([block], before)
             if self.probe.oracle.value() <= self.loss:
