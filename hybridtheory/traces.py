@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from scipy import stats
 
 from hybridtheory import streams
 from hybridtheory.blocks import Block, split
@@ -129,18 +130,22 @@ def flipped(block: Block) -> list[bool]:
 
 def _plan(pilots: Sequence[np.ndarray], unit: int, tol: float) -> tuple[bool, int]:
     """Whether vectors go on in pairs, and how many are needed for every block; ``pilots``: z'Hz of the pilot's vectors, a block each."""
+    if len(pilots[0]) < 2 * unit:  # the cap left room for one sample: nothing to plan from
+        return unit == 2, 0
     needed = {True: 0, False: 0}
     for values in pilots:
         samples = values.reshape(-1, unit)
         means = samples.mean(axis=1)
-        within = float(means.var(ddof=1)) if len(means) > 1 else math.inf
+        within = float(means.var(ddof=1))
         # Half a pair's difference is what cancels: its mean is zero, so its mean square is its variance.
         between = float(((samples[:, 0] - samples[:, -1]) ** 2).mean() / 4)
         # The pilot's own mean may be near zero by chance: what it can at least be told from is its standard error.
         target = tol * max(abs(float(means.mean())), math.sqrt(within / len(means)), 1e-300)
+        # The spread of a few samples may be small by chance: the variance is below this many times theirs three times in four.
+        freedom = len(means) - 1
+        excess = freedom / float(stats.chi2.ppf(0.25, freedom))
         for pairs, variance in ((True, unit * within), (False, within + between)):
-            # A fifth more than the pilot asks for: its own spread is uncertain by that much.
-            vectors = min(1.2 * variance / target**2, 1e9)
+            vectors = min(excess * variance / target**2, 1e9)
             needed[pairs] = max(needed[pairs], unit * math.ceil(vectors / unit))
     paired = unit == 2 and needed[True] <= needed[False]
     return paired, needed[paired]
