@@ -45,7 +45,7 @@ TABLE: dict[str, dict[str, Any]] = {
     "mezo-peft": {"lr_peft": 3e-2},
     "subzero": {"steps": 24, "lr_base": ZO, "law": "subzero:rank=8,refresh=4"},
     "subzero-peft": {"steps": 24, "lr_peft": 1e-2},
-    "s-mezo": {"steps": 40, "lr_base": 3e-4},
+    "s-mezo": {"steps": 60, "lr_base": 3e-4},
     "lozo": {"steps": 24, "lr_base": 1e-4, "law": "lozo:rank=4,refresh=4"},
     "tezo": {"lr_base": 1e-4},
     "s-rgf": {"steps": 24, "lr_base": 5e-5, "law": "srgf:k=4"},
