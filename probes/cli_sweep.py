@@ -198,7 +198,7 @@ def _bar(console: Console) -> Iterator[Any]:
         task = shown.add_task("starting", total=1, left="")
 
         def said(what: str, done: int, known: int, left: float | None) -> None:
-            rest = "" if left is None else f"about {seconds(left)} left, extensions aside"
+            rest = "" if not left else f"about {seconds(left)} left, extensions aside"
             shown.update(task, description=what, completed=done, total=known, left=f"{done}/{known} {rest}")
             if not live:
                 line = f"[{seconds(time.time() - begun)}] {done}/{known} {what}" + (f" ({rest})" if rest else "")

@@ -69,7 +69,7 @@ def rates(states: list[State], scores: list[Score]) -> Figure:
     rules = sorted({s.rule for s in scores})
     for ax, state in zip(axes, states, strict=True):
         _panel(ax, state, [s for s in scores if _about(s, state)], rules)
-    axes[0].set_ylabel("training loss after the run")
+    axes[0].set_ylabel("loss after the run")
     handles: list[Any] = [
         Line2D([], [], ls="", marker="o", color=GREY, ms=2.5, alpha=0.6, label="one seed"),
         Line2D([], [], ls="", marker="o", color=BLUE, label="mean over seeds"),
@@ -84,7 +84,7 @@ def rates(states: list[State], scores: list[Score]) -> Figure:
         for r in rules
         if r != "worst_case"
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=4)
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(1 + len(states), 4))
     figure.suptitle(f"{first.task}, {first.method}, {first.amount:g} {first.horizon}", fontsize=9, x=0.01, ha="left")
     return figure
 

@@ -125,8 +125,9 @@ class SweepReport:
             out += ["**This sweep is not finished: what follows is what was run until now.**", ""]
         seeds = sorted({x for line in self.study.lines for x in line.seeds})
         out.append(
-            f"{len(self.cells)} training runs on {len(self.states)} lines, seeds {', '.join(map(str, seeds))}, "
-            f"{seconds(sum(c.seconds for c in self.cells))} of runs. Loss: of the same training rows before and after each run. "
+            f"{len(self.cells)} training runs on {len(self.states)} line{'s'[: len(self.states) != 1]}, "
+            f"seeds {', '.join(map(str, seeds))}, {seconds(sum(c.seconds for c in self.cells))} of runs. "
+            "Loss: of the same training rows before and after each run. "
             "Rows and adapter initialisation are the same in every run of a task; a seed draws the order of rows and the directions."
         )
         if again := [s.name for s in self.study.sources if s.reseed]:
