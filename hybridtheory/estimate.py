@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Estimate:
     def times(self, factor: float) -> Estimate:
         """The same evidence in units larger by a known positive factor."""
         names = ("stderr", "residual", "upper", "lower", "numerical")
-        scaled = {n: None if getattr(self, n) is None else factor * getattr(self, n) for n in names}
+        scaled: dict[str, Any] = {n: None if getattr(self, n) is None else factor * getattr(self, n) for n in names}
         return replace(self, value=factor * self.value, **scaled)
 
 
