@@ -34,7 +34,8 @@ from hybridtheory.vectors import dot
 from probes.tasks import load_task
 
 TEXTS = ["the film was a warm story", "it was dull", "a terrible plot, and no good actor in the scene", "great"]
-KINKED = ("opt", "t5")  # ReLU: the Hessian almost everywhere and curvature at a scale are different numbers
+# ReLU: the Hessian almost everywhere and curvature at a scale are different numbers. Mixtral's routing jumps.
+KINKED = ("opt", "t5", "mixtral")
 STEPS, VECTORS = 10, 4
 
 

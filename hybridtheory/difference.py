@@ -37,7 +37,9 @@ if TYPE_CHECKING:
     from hybridtheory.oracle import Oracle
 
 MULTIPLES = np.linspace(1.0, 3.0, 7)  # steps of a fit, in units of the first
-TWICE = 3  # where among them 2 is
+# Steps (in the same units) and weights that serve where a fit costs too much: they take h² out of differences of gradients, and
+# h² and f(w) out of second differences.
+CHEAP = {1: ((1.0, 2.0), (4 / 3, -1 / 3)), 2: ((1.0, 2.0, 3.0), (-13 / 24, 8 / 3, -9 / 8))}
 PILOT = 8  # vectors of a trace that get a fit each
 LADDER = tuple(0.1 * 4.0**-k for k in range(9))  # shares of the weights at which a step is looked for
 WANTED = 1.0  # the fit's h⁴ at its steps, in units of its rounding: h⁶ is then well below
@@ -57,7 +59,7 @@ class Form:
     share: float
     radius: float
     bias: float
-    parts: np.ndarray  # (micro-batches,) at the first step
+    parts: np.ndarray  # (micro-batches,), their sum is the value
 
     @property
     def halfwidth(self) -> float:
@@ -76,10 +78,10 @@ class Differences(Products):
     def __init__(self, oracle: Oracle, blocks: Sequence[Block]) -> None:
         super().__init__(oracle, blocks)
         self._sizes = sizes(blocks)
-        precision = max(torch.finfo(t.dtype).eps for t in self._tensors)
+        self.precision = max(torch.finfo(t.dtype).eps for t in self._tensors)
         # Rounding falls with 1/h and what a fit leaves out grows with h⁴, hence the fifth root; curvature changes over some
         # thousandths of the weights along the sharpest directions of small models. Only a start: `form` moves it.
-        self.share = 3e-3 * precision**0.2
+        self.share = 3e-3 * self.precision**0.2
 
     def _product(self, i: int) -> partial[Tensors]:  # type: ignore[override]
         return partial(self._difference, i)
@@ -139,8 +141,7 @@ class Differences(Products):
         # Rounding of v'g: what a sum of |g|'s terms leaves, six times over (measured on small models).
         gradient = self.gradient(*blocks)
         size = math.sqrt(sum((norm([x]) * norm([g])) ** 2 / x.numel() for x, g in zip(v, gradient, strict=True)))
-        precision = max(torch.finfo(t.dtype).eps for t in self._tensors)
-        rounding = 3 * precision * size * relative / max(abs(value), 1e-300)  # relative to v'Hv, at a share of 1
+        rounding = 3 * self.precision * size * relative / max(abs(value), 1e-300)  # relative to v'Hv, at a share of 1
         return float(min((WANTED * rounding * reach**4) ** 0.2, reach / 10, LADDER[0]))
 
     def gradient(self, *blocks: Block) -> Tensors:
@@ -174,8 +175,12 @@ def radius(quotient: Callable[[float], float], ladder: Sequence[float]) -> tuple
 
 
 def _design(order: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Terms 1, h², h⁴ at the `MULTIPLES`, weights of the rows (rounding goes as h^-order), and the solution's operator."""
-    design = np.stack([np.ones_like(MULTIPLES), MULTIPLES**2, MULTIPLES**4], axis=1)
+    """Terms 1, h², h⁴ at the `MULTIPLES`, weights of the rows (rounding goes as h^-order), and the solution's operator.
+
+    Second differences (order 2) share f(w), whose rounding is the same in all of them over h²: a term of its own.
+    """
+    powers = (0, 2, 4) if order == 1 else (0, 2, 4, -2)
+    design = np.stack([MULTIPLES**k for k in powers], axis=1)
     weight = MULTIPLES**order
     return design, weight, np.linalg.pinv(design * weight[:, None])
 
@@ -194,32 +199,37 @@ def fit(share: float, parts: np.ndarray, order: int = 1) -> Form:
     """
     design, weight, inverse = _design(order)
     y = parts.sum(axis=1)
-    a, b, c = (float(x) for x in inverse @ (y * weight))
-    left = (y - design @ np.array([a, b, c])) * weight
+    terms = inverse @ (y * weight)
+    a, b, c = (float(x) for x in terms[:3])
+    left = (y - design @ terms) * weight
     dof = len(MULTIPLES) - design.shape[1]
     stderr = math.sqrt(float(left @ left) / dof * float(inverse[0] @ inverse[0]))
     size = max(abs(a), abs(float(y[0])), 1e-300)
     # The terms go down as a geometric series would: h⁶ is to h⁴ as h² to 1.
     bias = abs(c * b / size * float(inverse[0] @ (MULTIPLES**6 * weight)))
     reach = share * math.sqrt(size / abs(b)) if b else math.inf
-    return Form(a, stderr, dof, share, reach, bias, parts[0])
+    # The micro-batches keep the shares of the first step, and sum to the value.
+    return Form(a, stderr, dof, share, reach, bias, parts[0] + (a - y[0]) / parts.shape[1])
 
 
 def level(pilots: np.ndarray, n: int, order: int = 1) -> tuple[float, float]:
-    """What to add to a mean of n forms of which the first p are fits and the rest (4 D(h) - D(2h))/3, and the half-width of the sum.
+    """What to add to a mean of n forms of which the first p are fits and the rest a `CHEAP` sum of steps, and the half-width of the sum.
 
     ``pilots``: (p, steps), the quotients behind the fits. On the pilots both numbers are known; what the cheap one is off there in the
     mean is taken off the rest. Two levels of one estimate, as in multilevel Monte Carlo (Giles 2008).
     """
     p = len(pilots)
     fits = [fit(1.0, y[:, None], order) for y in pilots]
-    off = np.array([f.value for f in fits]) - (4 * pilots[:, 0] - pilots[:, TWICE]) / 3
+    steps, weights = CHEAP[order]
+    cheap = pilots[:, np.searchsorted(MULTIPLES, np.array(steps) - 1e-9)] @ np.array(weights)
+    off = np.array([f.value for f in fits]) - cheap
     rounding = float(np.mean([f.stderr**2 for f in fits])) / p
+    bias = float(np.mean([f.bias for f in fits]))
     if n <= p:
-        return 0.0, float(student.ppf(0.5 + CONFIDENCE / 2, p * fits[0].dof)) * math.sqrt(rounding)
+        return 0.0, float(student.ppf(0.5 + CONFIDENCE / 2, p * fits[0].dof)) * math.sqrt(rounding) + bias
     rest = 1 - p / n
     spread = float(off.var(ddof=1)) * rest**2 * (1 / (n - p) + 1 / p)
-    width = float(student.ppf(0.5 + CONFIDENCE / 2, p - 1)) * math.sqrt(rounding + spread)
+    width = float(student.ppf(0.5 + CONFIDENCE / 2, p - 1)) * math.sqrt(rounding + spread) + bias
     return rest * float(off.mean()), width
 
 

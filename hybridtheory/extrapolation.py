@@ -20,7 +20,7 @@ from torch import Tensor
 from hybridtheory import lanczos, streams
 from hybridtheory import traces as exact
 from hybridtheory.blocks import Block
-from hybridtheory.difference import MULTIPLES, PILOT, Differences, Form, coefficients, level
+from hybridtheory.difference import CHEAP, MULTIPLES, PILOT, Differences, Form, coefficients, level
 from hybridtheory.estimate import Estimate
 from hybridtheory.lanczos import Lanczos
 from hybridtheory.traces import Traces
@@ -29,7 +29,7 @@ from hybridtheory.vectors import Tensors, add_, dot, norm, scale, scale_
 # A quotient may be off by this share of the spectrum's larger end before Lanczos is run again with smaller steps: a Ritz vector is then
 # off by about as much, and its Rayleigh quotient by the square.
 TRUNCATION = 0.02
-STEP = 0.03  # of plain quotients, in units of what `Differences.radius` finds: off by a thousandth there
+STEP = 6.0  # of plain quotients, times eps^(1/3), in units of what `Differences.radius` finds: in float32 off by a thousandth there
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,8 @@ def spectrum(
     # The gradient leans towards the top eigenvectors (Gur-Ari, Roberts & Dyer 2018): along it curvature changes about as fast.
     gradient = hess.gradient(block)
     if norm(gradient) > 0:
-        hess.share = min(STEP * hess.radius(gradient, block)[0], STEP)
+        step = STEP * hess.precision ** (1 / 3)
+        hess.share = step * min(hess.radius(gradient, block)[0], 1.0)
     del gradient
     try:
         for _ in range(3):
@@ -145,7 +146,7 @@ class Extrapolated(Differences):
         if number == PILOT and len(self._seen) < PILOT:
             number = len(self._seen)
             self._seen.append(weakref.ref(v[0]))
-        steps, weights = (MULTIPLES, coefficients()) if number < PILOT else ((1.0, 2.0), (4 / 3, -1 / 3))
+        steps, weights = (MULTIPLES, coefficients()) if number < PILOT else CHEAP[1]
         total: Tensors = []
         forms = []
         for multiple, weight in zip(steps, weights, strict=True):

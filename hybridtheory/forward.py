@@ -2,8 +2,9 @@
 
     (f(w + h v) - 2 f(w) + f(w - h v)) / h² = v'Hv + h² c + O(h⁴) + rounding / h²
 
-Directional curvature comes from a fit over several steps as in `difference`, a trace from Rademacher vectors, each extrapolated from two
-steps. What values cannot tell is not made up: ends of the spectrum, coupling, and every rule that needs a gradient.
+Directional curvature comes from a fit over several steps as in `difference`; a trace from Rademacher vectors, fits on the first of them
+and three steps on the rest, corrected by what these leave out on the first. What values cannot tell is not made up: ends of the
+spectrum, coupling, and every rule that needs a gradient.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 
 from hybridtheory import streams
 from hybridtheory.blocks import Block
-from hybridtheory.difference import MULTIPLES, PILOT, Form, coefficients, fit, level, radius, sizes, widened
+from hybridtheory.difference import CHEAP, MULTIPLES, PILOT, Form, coefficients, fit, level, radius, sizes, widened
 from hybridtheory.estimate import Estimate
 from hybridtheory.oracle import Oracle
 from hybridtheory.traces import mean_estimate
@@ -79,7 +80,7 @@ class Values:
         # The loss is reduced in float32 at least, over activations of the weights' precision.
         precision = max(max(torch.finfo(t.dtype).eps for t in self.block.tensors), 1e-9)
         rounding = precision * float(np.abs(self.here).sum()) * relative**2 / max(abs(value), 1e-300)
-        return float(min((rounding * reach**4) ** (1 / 6), reach / 5, LADDER[0] / 3))
+        return float(min((rounding * reach**4) ** (1 / 6), reach / 8, LADDER[0] / 4))
 
 
 def along(oracle: Oracle, block: Block, v: Tensors) -> Estimate:
@@ -109,7 +110,7 @@ def trace(oracle: Oracle, block: Block, seed: int, vectors: int, index: int = 0)
                 pilots.append(quotients.sum(axis=1))
                 forms.append(coefficients(order=2) @ quotients)
             else:
-                forms.append((4 * values.quotient(z, h) - values.quotient(z, 2 * h)) / 3)
+                forms.append(sum(w * values.quotient(z, k * h) for k, w in zip(*CHEAP[2], strict=True)))
     array = np.array(forms)
     correction, width = level(np.array(pilots), vectors, order=2)
     found = mean_estimate(array.sum(axis=1))

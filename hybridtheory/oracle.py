@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -128,9 +128,13 @@ class Oracle:
     def device(self) -> torch.device:
         return self.blocks[0].tensors[0].device
 
+    def kernel(self) -> AbstractContextManager[None]:
+        """The attention kernel that has a second derivative, around whatever computes: a checkpointed layer computes again in backward."""
+        return sdpa_kernel(SDPBackend.MATH) if self.engine == "exact" else nullcontext()
+
     def loss(self, batch: Batch) -> Tensor:
         """Sum of the loss over one micro-batch, with its graph."""
-        with sdpa_kernel(SDPBackend.MATH) if self.engine == "exact" else nullcontext():
+        with self.kernel():
             return self.objective.loss(self.objective.forward(self.model, batch), batch)
 
     @torch.no_grad()
@@ -163,7 +167,8 @@ class Oracle:
 
         def one(batch: Batch) -> tuple[float, Tensors]:
             loss = self.loss(batch)
-            return float(loss.detach()), self.differentiate(loss / weight, tensors)
+            with self.kernel():
+                return float(loss.detach()), self.differentiate(loss / weight, tensors)
 
         with _requires_grad(self.model, tensors):
             for (loss, flat), own in self._each(picked, one):
@@ -233,12 +238,15 @@ class Oracle:
         """The Hessian between ``blocks`` (default: all) as a map v -> H v; the graphs of the gradient live inside the context."""
         blocks = blocks or tuple(self.blocks)
         if self.engine == "forward":
-            raise UserError("a Hessian product was asked for, and --engine forward takes none: choose --engine difference")
+            raise UserError(
+                "a Hessian product was asked for, and --engine forward takes none: choose --engine difference"
+            )
         from hybridtheory.difference import Differences, widened
 
         exact = self.engine == "exact"
         with (
             nullcontext() if exact else widened(self.model),
+            self.kernel(),
             _requires_grad(self.model, [t for b in blocks for t in b.tensors]),
         ):
             products = Products(self, blocks) if exact else Differences(self, blocks)
