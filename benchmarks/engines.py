@@ -85,7 +85,7 @@ def tasks(name: str, folder: Path, dtype: str) -> tuple[Any, Any]:
     return load(dtype), load("float32" if name == "mixtral" else "float64")
 
 
-def measure(name: str, seed: int, dtype: str, task: Any, wide: Any) -> list[Row]:
+def measure(name: str, seed: int, dtype: str, task: Any, wide: Any, only: str | None) -> list[Row]:
     moved(task.model, seed)
     with torch.no_grad():
         for p, q in zip(wide.model.parameters(), task.model.parameters(), strict=True):
@@ -94,20 +94,36 @@ def measure(name: str, seed: int, dtype: str, task: Any, wide: Any) -> list[Row]
     blocks, widened = (partition(t.model, "group", t.is_peft, t.base, t.peft_info) for t in (task, wide))
     found = []
     for block, reference in zip(blocks, widened, strict=True):
-        found += measure_block(name, seed, dtype, task, wide, block, reference)
+        if only != "forward":
+            found += differences(name, seed, dtype, task, wide, block, reference)
+        if only != "difference":
+            found.append(values(name, seed, dtype, task, wide, block, reference))
     return found
 
 
-def measure_block(name: str, seed: int, dtype: str, task: Any, wide: Any, block: Block, reference: Block) -> list[Row]:
-    def oracle(of: Any, b: Block, engine: str) -> Oracle:
-        return Oracle(of.model, of.objective, of.batches(3), [b], engine=engine)
+def oracle(of: Any, block: Block, engine: str) -> Oracle:
+    return Oracle(of.model, of.objective, of.batches(3), [block], engine=engine)
 
+
+def values(name: str, seed: int, dtype: str, task: Any, wide: Any, block: Block, reference: Block) -> Row:
+    """The trace by values alone, beside z'Hz of the same vectors."""
+    found, _ = forward.trace(oracle(task, block, "forward"), block, seed, VECTORS)
+    kind, exact = reference.tensors[0].dtype, []
+    with oracle(wide, reference, "exact").products(reference) as hess:
+        for number in range(VECTORS):
+            z = [t.to(kind) for t in streams.rademacher(block, seed, "trace", 0, number)]
+            exact.append(dot(z, hess(z)))
+    assert found.numerical is not None
+    mean = float(np.mean(exact))
+    return Row(name, block.name, seed, dtype, "trace, forward", mean, found.value, found.numerical)
+
+
+def differences(name: str, seed: int, dtype: str, task: Any, wide: Any, block: Block, reference: Block) -> list[Row]:
     options: dict[str, Any] = {"max_steps": STEPS, "tol": 1e-3}
     with oracle(task, block, "difference").products(block) as hess:
         assert isinstance(hess, Differences)
         ends = extrapolation.spectrum(hess, block, seed, **options)
         trace = extrapolation.traces(hess, [block], seed, beside=ends, max_vectors=VECTORS, pilot=VECTORS)[block.name]
-    by_values, _ = forward.trace(oracle(task, block, "forward"), block, seed, VECTORS)
     own = None
     if dtype == "float32":
         with oracle(task, block, "exact").products(block) as hess:
@@ -121,10 +137,6 @@ def measure_block(name: str, seed: int, dtype: str, task: Any, wide: Any, block:
         low, high = (dot(v, hess(v)) for v in vectors)
         beside = replace(ends.beside, basis=basis, alphas=np.array([low, high]), forms=None)
         same = traces.traces(hess, [reference], seed, beside=beside, max_vectors=VECTORS, pilot=VECTORS)[block.name]
-        plain = []
-        for number in range(VECTORS):
-            z = [t.to(kind) for t in streams.rademacher(block, seed, "trace", 0, number)]
-            plain.append(dot(z, hess(z)))
     scale = max(abs(low), abs(high))
     run = ends.run
 
@@ -135,7 +147,6 @@ def measure_block(name: str, seed: int, dtype: str, task: Any, wide: Any, block:
         row("lambda_max", high, run.lam_max, own.lam_max.value if own else None),
         row("lambda_min", low, run.lam_min, own.lam_min.value if own else None),
         row("trace", same.trace.value, trace.trace),
-        row("trace, forward", float(np.mean(plain)), by_values),
     ]
 
 
@@ -192,6 +203,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=7)
     parser.add_argument("--first", type=int, default=0, help="the first seed to measure")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--only", choices=("difference", "forward"), help="measure one engine")
     parser.add_argument("--rows", type=Path, required=True, help="append the rows to this JSON-lines file")
     parser.add_argument("--report", type=Path, help="measure nothing: write this report from the rows")
     given = parser.parse_args()
@@ -205,7 +217,7 @@ def main() -> None:
             for seed in range(given.first):
                 moved(task.model, seed)
             for seed in range(given.first, given.seeds):
-                found = measure(name, seed, given.dtype, task, wide)
+                found = measure(name, seed, given.dtype, task, wide, given.only)
                 with given.rows.open("a") as file:
                     file.writelines(json.dumps(asdict(row)) + "\n" for row in found)
         print(f"{name}: {time.perf_counter() - started:.0f} s", file=sys.stderr)

@@ -157,20 +157,19 @@ class Differences(Products):
         return [dot(v, self._quotient(i, v, rows, wanted, h)) for i in range(len(self.oracle.batches))]
 
 
-def radius(quotient: Callable[[float], float], ladder: Sequence[float]) -> tuple[float, float]:
+def radius(quotient: Callable[[float], float], ladder: Sequence[float], confirmed: bool = False) -> tuple[float, float]:
     """The share of the weights at which h² c is as large as v'Hv, and v'Hv at the lower of the two rungs that tell: the first that
-    nearly agree, or those that agree best, where rounding rises before truncation has fallen."""
-    found = (math.inf, ladder[0], 0.0)
+    nearly agree (``confirmed``: and whose next does too), or those that agree best, where rounding rises before truncation has fallen.
+    """
+    found: list[tuple[float, float, float]] = []
     above = quotient(ladder[0])
     for share, lower in pairwise(ladder):
         below = quotient(lower)
-        change = abs(above - below) / max(abs(below), 1e-300)
-        if change < found[0]:
-            found = (change, share, below)
-        if change <= 0.1:
-            break
+        found.append((abs(above - below) / max(abs(below), 1e-300), share, below))
         above = below
-    change, share, value = found
+        if all(change <= 0.1 for change, _, _ in found[-1 - confirmed :]) and len(found) > confirmed:
+            break
+    change, share, value = found[-1 - confirmed] if found[-1][0] <= 0.1 else min(found)
     return share / math.sqrt(min(max(change, 1e-4), 1.0)), value
 
 

@@ -25,7 +25,8 @@ from hybridtheory.traces import mean_estimate
 from hybridtheory.vectors import Tensors, dot, norm
 
 # Shares of the weights at which a step is looked for: rounding rises as 1/h², so the largest that serve are wanted.
-LADDER = tuple(1.6 * 2.0**-k for k in range(11))
+LADDER = tuple(0.8 * 2.0**-k for k in range(10))
+HALVINGS = 5
 
 
 @dataclass(frozen=True)
@@ -66,21 +67,26 @@ class Values:
         """v'Hv from seven steps, with its error."""
         relative = self.relative(v)
         share = self._search(v, relative)
-        for _ in range(3):
-            steps = share / relative * MULTIPLES
-            found = fit(share, np.array([self.quotient(v, h) for h in steps]), order=2)
-            if found.bias <= found.stderr or found.settled:
+
+        def at(share: float) -> Form:
+            return fit(share, np.array([self.quotient(v, share / relative * m) for m in MULTIPLES]), order=2)
+
+        # Far out the loss saturates, and two rungs of a ladder may agree by chance: a fit counts once one at half its steps confirms it.
+        found = at(share)
+        for _ in range(HALVINGS):
+            lower = at(found.share / 2)
+            if abs(lower.value - found.value) <= math.hypot(lower.halfwidth, found.halfwidth):
                 break
-            share *= max((0.1 * found.stderr / found.bias) ** (1 / 8), 0.1)
+            found = lower
         return found
 
     def _search(self, v: Tensors, relative: float) -> float:
         """The share of the weights at which h⁴ is about the rounding; see `Differences.radius`."""
-        reach, value = radius(lambda share: float(self.quotient(v, share / relative).sum()), LADDER)
+        reach, value = radius(lambda share: float(self.quotient(v, share / relative).sum()), LADDER, confirmed=True)
         # The loss is reduced in float32 at least, over activations of the weights' precision.
         precision = max(max(torch.finfo(t.dtype).eps for t in self.block.tensors), 1e-9)
         rounding = precision * float(np.abs(self.here).sum()) * relative**2 / max(abs(value), 1e-300)
-        return float(min((rounding * reach**4) ** (1 / 6), reach / 8, LADDER[0] / 4))
+        return float(min((rounding * reach**4) ** (1 / 6), reach / 10, LADDER[0] / 4))
 
 
 def along(oracle: Oracle, block: Block, v: Tensors) -> Estimate:
