@@ -1,18 +1,22 @@
-"""Directions of one source, batch by batch on as many threads as there are: what a law's estimates on a block are made of.
+"""Directions of one source, batch by batch on as many cores as torch has threads: what a law's estimates on a block are made of.
 
-A batch is a function of (seed, stage, where it starts), so that threads and a resume change nothing but rounding.
+A batch is a function of (seed, stage, where it starts), so that cores and a resume change nothing.
 """
 
 from __future__ import annotations
 
+import multiprocessing
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from hybridtheory.blocks import Block
+from hybridtheory.errors import UserError
 from hybridtheory.estimators import Gaussian, Key, Law
 from hybridtheory.estimators.lowrank import LowRank
 from probes import draws
@@ -90,14 +94,34 @@ def draw(
 
 
 def _each(one: Callable[[int], T], starts: Iterable[int], device: torch.device) -> Iterator[T]:
-    """one(start) in order. On a CPU batches run side by side, one a thread: a single draw does not use more than one core."""
+    """one(start) in order. On a CPU batches run side by side, each on one core: a draw does not use more than one, and threads take
+    turns at the interpreter between its many small operations. Processes are forked, so that nothing is loaded or sent twice."""
     threads = torch.get_num_threads()
-    if device.type != "cpu" or threads == 1:
+    if device.type != "cpu" or threads == 1 or "fork" not in multiprocessing.get_all_start_methods():
         yield from map(one, starts)
         return
-    torch.set_num_threads(1)
+    global _work
+    _work = one
     try:
-        with ThreadPoolExecutor(threads) as pool:
-            yield from pool.map(one, starts)
+        with ProcessPoolExecutor(threads, multiprocessing.get_context("fork"), _alone) as pool:
+            yield from pool.map(_worked, starts)
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a process that drew directions died, most likely for want of memory: run with one thread (OMP_NUM_THREADS=1)"
+        ) from error
     finally:
-        torch.set_num_threads(threads)
+        _work = None
+
+
+_work: Callable[[int], Any] | None = None  # what forked processes find here
+
+
+def _alone() -> None:
+    """One thread (the parent's do not survive a fork), and Ctrl-C left to the parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+def _worked(start: int) -> Any:
+    assert _work is not None
+    return _work(start)
