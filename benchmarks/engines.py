@@ -167,11 +167,14 @@ def text(rows: list[Row]) -> str:
         pooled = [r for r in scored if r.dtype == dtype and r.quantity != "trace, forward"]
         for quantity in ("lambda_max", "lambda_min", "trace", "trace, forward"):
             of = [r for r in scored if r.dtype == dtype and r.quantity == quantity]
+            if not of:
+                continue
             errors = np.array([r.error for r in of])
-            beside = [abs(r.found - r.exact) / max(abs(r.exact), r.scale) for r in of]
+            beside = [abs(r.found - r.exact) / max(abs(r.exact), r.scale) for r in of if r.scale]
             lines.append(
                 f"| {dtype} | {quantity} | {len(of)} | {np.mean([r.covered for r in of]):.1%} | {np.median(errors):.1e} | "
-                f"{np.quantile(errors, 0.95):.1e} | {errors.max():.1e} | {(errors > target).sum()} | {max(beside):.1e} |"
+                f"{np.quantile(errors, 0.95):.1e} | {errors.max():.1e} | {(errors > target).sum()} | "
+                + (f"{max(beside):.1e} |" if beside else "- |")
             )
         lines.append(
             f"| {dtype} | `difference`, all three | {len(pooled)} | {np.mean([r.covered for r in pooled]):.1%} | | | | | |"

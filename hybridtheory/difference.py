@@ -157,19 +157,31 @@ class Differences(Products):
         return [dot(v, self._quotient(i, v, rows, wanted, h)) for i in range(len(self.oracle.batches))]
 
 
-def radius(quotient: Callable[[float], float], ladder: Sequence[float], confirmed: bool = False) -> tuple[float, float]:
+def radius(
+    quotient: Callable[[float], float],
+    ladder: Sequence[float],
+    confirmed: bool = False,
+    noise: Callable[[float], float] = lambda share: 0.0,
+) -> tuple[float, float]:
     """The share of the weights at which h² c is as large as v'Hv, and v'Hv at the lower of the two rungs that tell: the first that
-    nearly agree (``confirmed``: and whose next does too), or those that agree best, where rounding rises before truncation has fallen.
+    nearly agree (``confirmed``: and whose next does too), or else those that agree best. ``noise``: what rounding leaves in a
+    quotient; rungs below which it is a tenth of it tell nothing.
     """
     found: list[tuple[float, float, float]] = []
     above = quotient(ladder[0])
     for share, lower in pairwise(ladder):
         below = quotient(lower)
+        if found and noise(lower) > 0.1 * max(abs(above), abs(below)):
+            break
         found.append((abs(above - below) / max(abs(below), 1e-300), share, below))
         above = below
         if all(change <= 0.1 for change, _, _ in found[-1 - confirmed :]) and len(found) > confirmed:
-            break
-    change, share, value = found[-1 - confirmed] if found[-1][0] <= 0.1 else min(found)
+            return _reach(found[-1 - confirmed])
+    return _reach(min(found))
+
+
+def _reach(rung: tuple[float, float, float]) -> tuple[float, float]:
+    change, share, value = rung
     return share / math.sqrt(min(max(change, 1e-4), 1.0)), value
 
 

@@ -82,10 +82,16 @@ class Values:
 
     def _search(self, v: Tensors, relative: float) -> float:
         """The share of the weights at which h⁴ is about the rounding; see `Differences.radius`."""
-        reach, value = radius(lambda share: float(self.quotient(v, share / relative).sum()), LADDER, confirmed=True)
         # The loss is reduced in float32 at least, over activations of the weights' precision.
         precision = max(max(torch.finfo(t.dtype).eps for t in self.block.tensors), 1e-9)
-        rounding = precision * float(np.abs(self.here).sum()) * relative**2 / max(abs(value), 1e-300)
+        rounding = precision * float(np.abs(self.here).sum()) * relative**2  # of a quotient, at a share of 1
+        reach, value = radius(
+            lambda share: float(self.quotient(v, share / relative).sum()),
+            LADDER,
+            confirmed=True,
+            noise=lambda share: 2 * rounding / share**2,
+        )
+        rounding /= max(abs(value), 1e-300)
         return float(min((rounding * reach**4) ** (1 / 6), reach / 10, LADDER[0] / 4))
 
 
