@@ -16,7 +16,7 @@ from probes import draws
 # HiZOO's preconditioner costs Hessian products and S-RGF k draws a direction: on request.
 DEFAULT_LAWS = (
     "gaussian", "gaussian:q=4", "gaussian:q=16", "sphere", "rademacher", "coordinate", "orthonormal:q=16", "subzero:rank=8",
-    "subzero:rank=8,refresh=1", "lozo:rank=2", "magnitude-mask:keep=0.25", "random-mask:keep=0.25",
+    "subzero:rank=8,refresh=1", "lozo:rank=2", "magnitude-mask:keep=0.25",
 )  # fmt: skip
 # Entries of one tensor's directions that a batch may hold beside each other (256 MiB of float32).
 HELD = 1 << 26
