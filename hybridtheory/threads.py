@@ -15,7 +15,7 @@ import torch
 
 T = TypeVar("T")
 
-WORTH = 1 << 18  # numbers drawn (1 ms) below which handing work over is not worth it
+WORTH = 1 << 17  # numbers drawn (1 ms) below which handing work over is not worth it
 
 _pool: tuple[int, ThreadPoolExecutor] | None = None  # with how many threads it has
 _lock = threading.Lock()

@@ -35,7 +35,7 @@ from torch import Tensor
 from hybridtheory.threads import each
 
 # elements; large enough that filling a generator's state (5 us) vanishes, small enough to stay in cache
-CHUNK = 1 << 18
+CHUNK = 1 << 17
 _FOUR = struct.Struct("=4Q")
 _WORDS = 624  # 32-bit words of the Mersenne Twister's state
 # any constant: the key's bits are all in the counter
