@@ -33,6 +33,8 @@ class Common(Protocol):
 
 S = TypeVar("S", bound=Common)
 
+EXACT = Engine("exact", "")
+
 
 @dataclass
 class Probe(Generic[S]):
@@ -44,7 +46,7 @@ class Probe(Generic[S]):
     blocks: list[Block]
     oracle: Oracle
     rows: int
-    engine: Engine = Engine("exact", "")
+    engine: Engine = EXACT
 
     @classmethod
     def of(cls, task: Task | Given, settings: S) -> Probe[S]:
