@@ -99,6 +99,13 @@ def probe_smoothness(
     points: Annotated[int, option(MEASURE, "Full points along the reference run.")] = 3,
     secants: Annotated[int, option(MEASURE, "Secant positions along the run (two gradients a block each).")] = 30,
     run_steps: Annotated[int, option(MEASURE, "Steps of the reference run.")] = 45,
+    trace_tol: Annotated[
+        float,
+        option(
+            MEASURE,
+            "Relative standard error at which the trace of the base stops; 0.3 for large models, a product each.",
+        ),
+    ] = 0.1,
     directions: Annotated[int, option(MEASURE, "Directions of the finite-scale rule at each point.")] = 10,
     curvature: Annotated[str, option(MEASURE, "hessian or ggn.")] = "hessian",
     seed: Annotated[int, option(MEASURE, "Every random number follows from it.")] = 0,
@@ -164,6 +171,7 @@ def probe_smoothness(
 
             settings = Settings(
                 blocks=blocks, seed=seed, points=points, secants=secants, run_steps=run_steps, directions=directions, mu=mu, q=q,
+                trace_tol=trace_tol,
                 batch_size=batch_size, steps=steps, micro_batch=micro_batch, curvature=curvature, max_memory=size_in_bytes(max_memory),
                 engine=engine,
             )  # fmt: skip

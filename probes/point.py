@@ -78,8 +78,9 @@ class Settings:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
         if self.directions < 4:
             raise UserError(f"--directions must be at least 4 for an interval, got {self.directions}")
-        if not (math.isfinite(self.mu) and self.mu > 0):
-            raise UserError(f"--mu must be a positive number, got {self.mu}")
+        for name in ("mu", "trace_tol", "end_tol"):
+            if not (math.isfinite(value := getattr(self, name)) and value > 0):
+                raise UserError(f"--{name.replace('_', '-')} must be a positive number, got {value}")
 
 
 @dataclass(frozen=True)

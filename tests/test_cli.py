@@ -75,6 +75,7 @@ BAD = {
     "no rows": (["--rows", "0"], "--rows is 0"),
     "no points": (["--points", "0"], "--points must be at least 1, got 0"),
     "no micro-batch": (["--micro-batch", "0"], "--micro-batch is a number of rows, at least 1, not 0"),
+    "trace": (["--trace-tol", "0"], "--trace-tol must be a positive number, got 0"),
     "mu": (["--mu", "nan"], "--mu is a positive number, not nan"),
     "alpha": (["--alpha", "-1"], "--alpha is a positive number, not -1"),
     "seed": (["--seed", str(2**70)], "--seed is a whole number from 0 to 2^63 - 1"),
