@@ -52,15 +52,6 @@ class Lanczos:
     def steps(self) -> int:
         return len(self.nodes)
 
-    def quadrature(self, f: Callable[[np.ndarray], np.ndarray], d: int, drop: int = 0) -> float:
-        """d Σ wᵢ f(θᵢ): an estimate of tr f(H), unbiased for a random start up to the quadrature error.
-
-        With ``drop`` the rule of k − drop nodes from the same products: what changes tells the size of that error.
-        """
-        k = max(self.steps - drop, 1)
-        theta, s = _tridiagonal(self.alphas[:k].tolist(), self.betas.tolist())
-        return float(d * np.sum(s[0] ** 2 * f(theta)))
-
 
 def end_excess(d: int, steps: int, failure: float, mixed: bool = False) -> float:
     """ε with P(λ_max − θ_max > ε (λ_max − λ_min)) ≤ failure, after ``steps`` Lanczos steps from a random start.

@@ -35,12 +35,18 @@ WHAT, ADAPTER, MEASURE, PLAN, MACHINE, OUTPUT = (
     "Output",
 )
 
-app = typer.Typer(
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+
+def command_line() -> typer.Typer:
+    """What every command shares: no completion scripts, our own sentences instead of typer's tracebacks, -h beside --help."""
+    return typer.Typer(
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="rich",
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+
+
+app = command_line()
 
 
 def option(panel: str, help: str, *names: str, **more: Any) -> Any:

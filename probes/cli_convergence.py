@@ -16,7 +16,20 @@ from rich.text import Text
 
 from hybridtheory.errors import UserError
 from probes import rundir
-from probes.cli import ADAPTER, MACHINE, MEASURE, OUTPUT, PLAN, WHAT, check_numbers, names, one_sentence, option, quiet
+from probes.cli import (
+    ADAPTER,
+    MACHINE,
+    MEASURE,
+    OUTPUT,
+    PLAN,
+    WHAT,
+    check_numbers,
+    command_line,
+    names,
+    one_sentence,
+    option,
+    quiet,
+)
 from probes.records import Cost, End, Header, Point, Preflight, Record, Warning
 
 FAILED = 3
@@ -32,12 +45,7 @@ DATA = option(
 )
 MODEL = typer.Argument(help="Hub name, local folder or GGUF file; nothing: the embedded model.", show_default=False)
 
-app = typer.Typer(
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+app = command_line()
 
 
 @app.command()

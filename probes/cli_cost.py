@@ -6,7 +6,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
 from rich.console import Console
 from rich.text import Text
 
@@ -17,6 +16,7 @@ from probes.cli import (
     MEASURE,
     OUTPUT,
     check_numbers,
+    command_line,
     follow,
     names,
     one_sentence,
@@ -29,12 +29,7 @@ from probes.records import Record
 
 SHARED = (*(n for n in TASK if n != "peft"), "micro_batch", "resume")
 
-app = typer.Typer(
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+app = command_line()
 
 
 @app.command()

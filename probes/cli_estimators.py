@@ -8,7 +8,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
 from rich.console import Console
 from rich.text import Text
 
@@ -19,6 +18,7 @@ from probes.cli import (
     OUTPUT,
     PLAN,
     check_numbers,
+    command_line,
     follow,
     names,
     one_sentence,
@@ -36,12 +36,7 @@ TASK = (
 Command = Callable[..., None]
 SHARED = (*TASK, "blocks", "batch_size", "micro_batch", "resume")
 
-app = typer.Typer(
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+app = command_line()
 
 
 def with_options_of(

@@ -17,17 +17,12 @@ from rich.text import Text
 
 from hybridtheory.errors import UserError
 from probes import rundir
-from probes.cli import MACHINE, OUTPUT, one_sentence, option
+from probes.cli import MACHINE, OUTPUT, command_line, one_sentence, option
 from probes.records import End
 
 SWEEP, REGISTERED = "Sweep", "Predictions"
 
-app = typer.Typer(
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+app = command_line()
 
 
 @app.command()

@@ -12,18 +12,26 @@ from rich.text import Text
 
 from hybridtheory.errors import UserError
 from probes import rundir
-from probes.cli import ADAPTER, MACHINE, OUTPUT, WHAT, check_numbers, finish, follow, names, one_sentence, option, quiet
+from probes.cli import (
+    ADAPTER,
+    MACHINE,
+    OUTPUT,
+    WHAT,
+    check_numbers,
+    command_line,
+    finish,
+    follow,
+    names,
+    one_sentence,
+    option,
+    quiet,
+)
 from probes.interrupts import asking, noting
 from probes.records import End, Evaluation, Header, Record, Step, Warning
 
 TRAINING, RATES, SCORES = "Training", "Learning rates", "Evaluation"
 
-app = typer.Typer(
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+app = command_line()
 
 
 @app.command()
