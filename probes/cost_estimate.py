@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from hybridtheory import memory, streams
+from hybridtheory.lanczos import BASIS_ELEMENTS
 from hybridtheory.oracle import Oracle
 from probes.records import Cost
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 # finer block, pairs of the coupling, steps of the margin. Only the estimate rests on them.
 VECTORS, STEPS, INNER_STEPS, PAIRS, MARGIN = 24, 18, 12, 7, 12
 VALUES_PER_DIRECTION, DELTAS = 10, 6
+# A model too large to keep Lanczos's vectors: products and stand-ins (two values each) of its trace.
+LARGE_VECTORS, STAND_INS = 10, 48
 
 
 @dataclass
@@ -98,8 +101,12 @@ def estimate(probe: Probe, meter: Meter) -> Cost:
         held = memory.used(oracle.device)
     meter.unit = Unit(value, gradient, graph, product)
     vectors, steps = min(VECTORS, s.max_vectors), min(STEPS, s.max_steps)
+    large = {g.group for g in groups if not inner and g.numel * min(s.max_steps, g.numel) > BASIS_ELEMENTS}
     per_group = {
-        g.name: vectors + steps + 1 if g.group == "base" else max(s.max_vectors // 8, 8) + steps + 1 for g in groups
+        g.name: (LARGE_VECTORS if g.group in large else vectors) + steps + 1
+        if g.group == "base"
+        else max(s.max_vectors // 8, 8) + steps + 1
+        for g in groups
     }
     inner_cost = sum((INNER_STEPS + 1) * product[g.name] * 0.5 for g in groups for b in inner if b.group == g.group)
     inner_count = (INNER_STEPS + 1) * len(inner)
@@ -107,7 +114,9 @@ def estimate(probe: Probe, meter: Meter) -> Cost:
     joint_seconds = (PAIRS + MARGIN) * sum(product.values()) if joint else 0.0
     few = max(s.directions // 3, 4)
     values = {
-        "base": s.directions * VALUES_PER_DIRECTION + max(s.directions // 3, 2) * 2 * DELTAS,
+        "base": s.directions * VALUES_PER_DIRECTION
+        + max(s.directions // 3, 2) * 2 * DELTAS
+        + ("base" in large and oracle.engine == "exact") * 2 * (LARGE_VECTORS + STAND_INS),
         "peft": max(few // 3, 2) * 2 * DELTAS + 8,
     }
     point_values = sum(values[g.group] for g in groups)

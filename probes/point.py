@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from hybridtheory import curvature, extrapolation, streams
+from hybridtheory import curvature, extrapolation, forward, streams
 from hybridtheory.blocks import Block
 from hybridtheory.difference import Differences
 from hybridtheory.errors import UserError
@@ -227,8 +227,13 @@ def _curvature(
     found = _run(hess, group, settings, 1000 * index)
     first = _lanczos(found)
     measure_traces: Any = extrapolation.traces if isinstance(hess, Differences) else curvature.traces
+    more: dict[str, Any] = {}
+    if hess.oracle.engine == "exact" and hess.oracle.curvature == "hessian" and not inner and zeroth and first.basis is None:
+        # Too large to keep Lanczos's vectors and sample beside them: second differences of the loss do most of the sampling.
+        values = forward.Values(hess.oracle, group)
+        more["stand_in"] = lambda z: values.quotient(z, settings.mu)
     traces = measure_traces(
-        hess, parts, settings.seed, tol=settings.trace_tol, max_vectors=vectors, index=index, beside=found
+        hess, parts, settings.seed, tol=settings.trace_tol, max_vectors=vectors, index=index, beside=found, **more
     )
     first = replace(first, basis=None)
     del found

@@ -5,6 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--on", default="cpu", help="default device of every tensor that a test makes (make gpu-check)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--on") != "cpu":
+        torch.set_default_device(config.getoption("--on"))
 
 
 @pytest.fixture(scope="session")

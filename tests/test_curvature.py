@@ -14,6 +14,7 @@ from hybridtheory import streams
 from hybridtheory.blocks import Block, partition
 from hybridtheory.curvature import coupling, end_excess, lanczos, margin, mean_estimate, spectrum, traces
 from hybridtheory.errors import UserError
+from hybridtheory.forward import Values
 from hybridtheory.quadrature import negative_part
 from hybridtheory.traces import flipped
 from hybridtheory.vectors import dot
@@ -194,6 +195,54 @@ def test_vectors_go_on_in_pairs_only_where_that_pays() -> None:
     # 1,024 samples of two independent vectors each; pairs would have twice this variance.
     assert apart.trace.stderr**2 * 2048 == pytest.approx(pair_variance, rel=0.25)
     assert abs(apart.trace.value - float(H.trace())) <= 5 * apart.trace.stderr
+
+
+def test_a_rough_stand_in_saves_products_and_biases_nothing() -> None:
+    H = spectrum_matrix(DECAY)
+    oracle, blocks = _single(H)
+    exact = float(H.trace())
+
+    def stand_in(z: list[Tensor]) -> np.ndarray:
+        flat = torch.cat([t.flatten() for t in z])
+        return np.array([0.9 * float(flat @ H @ flat) + 0.02 * exact * math.sin(17.0 * float(flat[:7].sum())) + 5.0])
+
+    scores, products = [], []
+    with oracle.products() as hess:
+        for seed in range(120):
+            before = oracle.calls["product"]
+            found = traces(hess, blocks, seed, tol=0.05, stand_in=stand_in)["base"]
+            products.append(oracle.calls["product"] - before)
+            assert found.trace.stderr is not None and found.trace.stderr < 0.11 * exact
+            scores.append((found.trace.value - exact) / found.trace.stderr)
+            assert found.forms.sum(axis=1).mean() == pytest.approx(found.trace.value, rel=1e-9)
+        alone = traces(hess, blocks, 0, tol=0.05, max_vectors=4096)["base"].trace
+    assert abs(np.mean(scores)) < 5 / math.sqrt(len(scores)) and np.mean(np.abs(scores) > 3) < 0.05
+    assert float(np.median(products)) < alone.n / 4
+
+
+def test_a_useless_stand_in_is_left_alone() -> None:
+    H = spectrum_matrix(DECAY)
+    oracle, blocks = _single(H)
+    draws = np.random.default_rng(0)
+    with oracle.products() as hess:
+        plain = traces(hess, blocks, 0, tol=0.1)["base"]
+        noisy = traces(hess, blocks, 0, tol=0.1, stand_in=lambda z: draws.normal(0, 1e4, 1))["base"]
+        broken = traces(hess, blocks, 0, tol=0.1, stand_in=lambda z: np.array([math.nan]))["base"]
+    assert plain.trace == noisy.trace == broken.trace
+
+
+def test_values_between_products_leave_them_as_they_were() -> None:
+    """The stand-in moves the weights and puts them back while graphs are held."""
+    oracle, blocks = language_oracle(rows=2)
+    base = blocks[0]
+    values = Values(oracle, base)
+    with oracle.products() as hess:
+        v = [torch.ones_like(t) for t in base.tensors]
+        first = hess(v, base)
+        found = traces(hess, [base], 0, tol=0.02, stand_in=lambda z: values.quotient(z, 1e-4))[base.name].trace
+        again = hess(v, base)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert found.stderr is not None
 
 
 def test_every_other_matrix_is_flipped() -> None:
