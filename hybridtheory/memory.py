@@ -2,13 +2,68 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+from functools import cache
+
 import psutil
 import torch
 
+_MMAP_MAX, _TRIM_THRESHOLD = -4, -1  # mallopt's names for them
+
 
 def used(device: torch.device) -> int:
-    """Bytes held now: allocated tensors on CUDA, resident set size on the CPU."""
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
+    """Bytes held now: allocated tensors on CUDA; on the CPU the resident set less what the allocator keeps for the next call."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return max(psutil.Process().memory_info().rss - _kept_free(), 0)
+
+
+def keep_freed() -> None:
+    """Let glibc's allocator keep freed blocks, in huge pages, instead of handing each back to the system: what is as large as a
+    gradient is otherwise mapped, zeroed page by page and unmapped at every use (a product on SmolLM2-135M: 9.7 s, and 6.2 s with
+    this). For programs that own their process, before torch allocates; peak memory stays what it was. Elsewhere than on glibc it
+    does nothing.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it at its first allocation
+    libc = _glibc()
+    if libc is not None:
+        libc.mallopt(_MMAP_MAX, 0)
+        libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+
+
+class _Mallinfo2(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",
+            "usmblks",
+            "fsmblks",
+            "uordblks",
+            "fordblks",
+            "keepcost",
+        )
+    ]
+
+
+@cache
+def _glibc() -> ctypes.CDLL | None:
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallinfo2.restype = _Mallinfo2  # glibc 2.33
+    except (OSError, AttributeError):
+        return None
+    return libc
+
+
+def _kept_free() -> int:
+    """Bytes of freed blocks that the allocator holds."""
+    libc = _glibc()
+    return 0 if libc is None else int(libc.mallinfo2().fordblks)
 
 
 def free(device: torch.device, limit: int | None = None) -> int:

@@ -159,7 +159,9 @@ def _two_levels(
     unit: int,
 ) -> Traces:
     """``samples`` and ``near``: z'Hz and its stand-in on the same vectors; ``far``: stand-ins on others."""
-    if len({len(x) for x in (*samples, *near, *far)}) > 1:  # memory ran out midway: only sums over the micro-batches compare
+    if (
+        len({len(x) for x in (*samples, *near, *far)}) > 1
+    ):  # memory ran out midway: only sums over the micro-batches compare
         samples = [[sum(s)] for s in samples]
         near, far = ([x.sum(keepdims=True) for x in part] for part in (near, far))
     width = len(far[0])
@@ -177,7 +179,9 @@ def _two_levels(
         if resolved
         else f"standard error {stderr:.2g} after {len(samples)} products and {len(far)} second differences",
     )
-    return Traces(trace, mean_estimate(np.array(squares).reshape(-1, unit).mean(axis=1), unit), left + whole.mean(axis=0))
+    return Traces(
+        trace, mean_estimate(np.array(squares).reshape(-1, unit).mean(axis=1), unit), left + whole.mean(axis=0)
+    )
 
 
 def _levels(exact: np.ndarray, near: np.ndarray, unit: int, tol: float, wanted: int) -> tuple[int, int]:

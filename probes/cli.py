@@ -170,7 +170,7 @@ def probe_smoothness(
         from probes import terminal
 
         with terminal.waiting(console, "loading model and data"):
-            quiet()
+            prepare()
             from probes import smoothness
             from probes.point import Settings
             from probes.tasks import load_task
@@ -306,6 +306,14 @@ def names(text: str | None) -> list[str] | str | None:
     if not parts:
         raise UserError("an empty list of names was given: leave the option out, or name at least one")
     return text if any(c in text for c in "*+?()[]|^$\\") else parts
+
+
+def prepare() -> None:
+    """Before a probe or a training loads anything: this process is ours, and its libraries are quiet."""
+    from hybridtheory import memory
+
+    memory.keep_freed()
+    quiet()
 
 
 def quiet() -> None:

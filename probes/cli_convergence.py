@@ -28,7 +28,7 @@ from probes.cli import (
     names,
     one_sentence,
     option,
-    quiet,
+    prepare,
 )
 from probes.records import Cost, End, Header, Point, Preflight, Record, Warning
 
@@ -109,7 +109,7 @@ def probe_convergence(
             rates_from=source,
         )  # fmt: skip
         with terminal.waiting(console, "loading model and data"):
-            quiet()
+            prepare()
             from probes import convergence
             from probes.provenance import provenance
             from probes.tasks import load_task

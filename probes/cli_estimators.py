@@ -24,7 +24,7 @@ from probes.cli import (
     one_sentence,
     option,
     probe_smoothness,
-    quiet,
+    prepare,
 )
 from probes.markdown import interval, number
 from probes.records import Budget, Estimator, Record
@@ -109,7 +109,7 @@ def probe_estimators(
         from probes import terminal
 
         with terminal.waiting(console, "loading model and data"):
-            quiet()
+            prepare()
             from probes import estimators
             from probes.provenance import provenance
             from probes.tasks import load_task

@@ -24,7 +24,7 @@ from probes.cli import (
     names,
     one_sentence,
     option,
-    quiet,
+    prepare,
 )
 from probes.interrupts import asking, noting
 from probes.records import End, Evaluation, Header, Record, Step, Warning
@@ -208,7 +208,7 @@ def hybrid_train(
             with noting(folder):
                 table = chosen_rates.read(probe(console, model, data, loading, plan, probed))
         with terminal.waiting(console, "loading model and data"):
-            quiet()
+            prepare()
             from probes import train
             from probes.tasks import load_task
 
@@ -271,7 +271,7 @@ def probe(
         if rundir.finished(run.done) and (folder / "trainer.toml").exists():
             return folder
         console.print(Text(f"measuring learning rates first: {folder}"))
-        quiet()
+        prepare()
         task = load_task(model, data, rows=PROBE_ROWS, **loading)
         with terminal.Bar(console) as bar:
             stream = smoothness.run(task, Settings(**plan), run.done, bar.phase, provenance(), restore=False)

@@ -228,7 +228,13 @@ def _curvature(
     first = _lanczos(found)
     measure_traces: Any = extrapolation.traces if isinstance(hess, Differences) else curvature.traces
     more: dict[str, Any] = {}
-    if hess.oracle.engine == "exact" and hess.oracle.curvature == "hessian" and not inner and zeroth and first.basis is None:
+    if (
+        hess.oracle.engine == "exact"
+        and hess.oracle.curvature == "hessian"
+        and not inner
+        and zeroth
+        and first.basis is None
+    ):
         # Too large to keep Lanczos's vectors and sample beside them: second differences of the loss do most of the sampling.
         values = forward.Values(hess.oracle, group)
         more["stand_in"] = lambda z: values.quotient(z, settings.mu)
