@@ -13,7 +13,7 @@ TEST_ENV = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 PYTEST = $(TEST_ENV) $(BIN)/python -m pytest -x -q -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow lint types contract wheel real-data bench clean
+.PHONY: help demo test slow lint types contract wheel real-data bench gpu-check clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
@@ -47,10 +47,10 @@ contract: $(VENV)/.dev  ## which package may import which
 	$(BIN)/lint-imports
 
 test: lint types contract  ## environment, linter, types, import contract, tests
-	$(PYTEST) -m "not slow and not real"
+	$(PYTEST) -m "not slow and not real and not gpu"
 
 slow: $(VENV)/.dev  ## the tests that take longer
-	$(PYTEST) -m "slow and not real"
+	$(PYTEST) -m "slow and not real and not gpu"
 
 wheel: | $(BIN)/python  ## build the wheel, install it into an empty environment, run the embedded default elsewhere
 	tools/check_wheel.sh "$(PYTHON)" "$(PIP_FLAGS)"
@@ -64,6 +64,14 @@ bench: $(VENV)/.core  ## speed and memory beside the public tools, which get an 
 	$(BIN)/python benchmarks/curvature.py
 	$(BIN)/python benchmarks/step_speed.py
 	$(BIN)/python benchmarks/hybrid_cost.py
+
+# The contract tables with every tensor on the device, then CUDA against the CPU, then the timings.
+gpu-check: $(VENV)/.dev  ## numeric tests and benchmarks on a CUDA device; says so when there is none
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+		$(TEST_ENV) $(BIN)/python -m pytest -x -q -m gpu tests/test_cuda.py && \
+		$(TEST_ENV) $(BIN)/python -m pytest -q --on cuda tests/test_estimators.py tests/test_optimizers.py tests/test_oracle.py && \
+		$(BIN)/probe-cost --device cuda; \
+	else echo "no CUDA device is visible to torch on this machine: nothing was checked"; fi
 
 clean:  ## remove the environment, caches and runs
 	rm -rf $(VENV) .venv-* build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis runs

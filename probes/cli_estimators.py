@@ -23,8 +23,8 @@ from probes.cli import (
     names,
     one_sentence,
     option,
-    probe_smoothness,
     prepare,
+    probe_smoothness,
 )
 from probes.markdown import interval, number
 from probes.records import Budget, Estimator, Record

@@ -15,7 +15,7 @@ from scipy import stats
 from torch import Tensor
 
 from hybridtheory.blocks import partition
-from hybridtheory.estimators import LAWS, Gaussian, Key, Kept, Perturbation, Rademacher, evaluate, parse
+from hybridtheory.estimators import LAWS, Gaussian, Kept, Key, Perturbation, Rademacher, evaluate, parse
 from hybridtheory.estimators.streams import CHUNK, coins, normal, normal_chunk, signs
 from hybridtheory.oracle import Oracle
 from hybridtheory.training import closure_of

@@ -34,7 +34,7 @@ class Orthonormal(Law):
             raise UserError(
                 f"{q} orthonormal directions do not exist in the {d} dimensions of block {block.name!r}: lower q"
             )
-        gram = torch.zeros(q, q, dtype=torch.float64)
+        gram = torch.zeros(q, q, dtype=torch.float64, device="cpu")
         for name, like in block.parameters.items():
             for chunk in range(-(-like.numel() // CHUNK)):
                 z = torch.stack([normal_chunk(key, name, like, chunk).double() for key in keys])  # (q, chunk)

@@ -209,7 +209,7 @@ _BYTES = np.where(
 def signs(key: Key, name: str, like: Tensor) -> Tensor:
     """Independent fair signs +1.0 / -1.0 in ``like``'s shape: bit i of a chunk's words is the sign of its element i."""
     n = like.numel()
-    out = torch.empty(-(-n // 64) * 64, dtype=torch.float32)  # whole words; the tail is cut off below
+    out = torch.empty(-(-n // 64) * 64, dtype=torch.float32, device="cpu")  # whole words; the tail is cut off below
     rows = out.numpy().reshape(-1, 8)
     for chunk, start in enumerate(range(0, n, CHUNK)):
         part = rows if n <= CHUNK else rows[start // 8 : (start + CHUNK) // 8]
