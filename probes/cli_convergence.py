@@ -1,11 +1,10 @@
-"""The command `probe-convergence`: arguments in, records, report and checks out; exit codes as in `probes.cli`, and 3 where --strict is
+"""The command `probe-convergence`: arguments in, records, report and checks out; exit codes as in `probes.command`, and 3 where --strict is
 given and a check fails."""
 
 from __future__ import annotations
 
 import math
 import tomllib
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,54 +15,37 @@ from rich.text import Text
 
 from hybridtheory.errors import UserError
 from probes import rundir
-from probes.cli import (
-    ADAPTER,
-    MACHINE,
+from probes.cli import probe_smoothness
+from probes.command import (
     MEASURE,
     OUTPUT,
     PLAN,
-    WHAT,
+    TASK,
     check_numbers,
+    choose_folder,
     command_line,
+    follow,
     names,
     one_sentence,
     option,
     prepare,
+    size_in_bytes,
+    with_options_of,
 )
-from probes.records import Cost, End, Header, Point, Preflight, Record, Warning
+from probes.records import Point, Record
+from probes.records_convergence import Trajectory
 
 FAILED = 3
 LR_PEFT = option(PLAN, "Rate of the PEFT weights.", show_default="recommended by probe-smoothness")
 LR_BASE = option(PLAN, "Rate of the base weights.", show_default="recommended by probe-smoothness")
-TARGETS = option(ADAPTER, "Modules to adapt, comma-separated, or a regex.", show_default="peft's own choice")
-MICRO = option(MACHINE, "Rows at a time: less memory, the same numbers.", show_default="a quarter of the rows")
-DATA = option(
-    WHAT,
-    "A named task, a file, a folder or a hub data set, as in probe-smoothness.",
-    "--data",
-    show_default="sentiment",
-)
-MODEL = typer.Argument(help="Hub name, local folder or GGUF file; nothing: the embedded model.", show_default=False)
+SHARED = (*TASK, "micro_batch", "max_memory", "resume")
 
 app = command_line()
 
 
 @app.command()
+@with_options_of(probe_smoothness, SHARED, rows=8)
 def probe_convergence(
-    model: Annotated[str | None, MODEL] = None,
-    data: Annotated[str | None, DATA] = None,
-    rows: Annotated[int, option(WHAT, "Rows to measure on: they are the whole objective.")] = 8,
-    max_length: Annotated[int | None, option(WHAT, "Longest row in tokens.", show_default="256 or the context")] = None,
-    loss: Annotated[str, option(WHAT, "vocabulary: cross-entropy over all tokens; labels: over the label words only.")] = "vocabulary",
-    head: Annotated[str, option(WHAT, "Which model class: auto, causal, masked, seq2seq, classification.")] = "auto",
-    labels: Annotated[str | None, option(WHAT, "Label words, comma-separated, for data of your own.", show_default=False)] = None,
-    template: Annotated[str | None, option(WHAT, "Prompt with {column} fields, for data of your own.", show_default=False)] = None,
-    text_column: Annotated[str | None, option(WHAT, "Column with the text.", show_default=False)] = None,
-    label_column: Annotated[str | None, option(WHAT, "Column with the label.", show_default=False)] = None,
-    peft: Annotated[str, option(ADAPTER, "lora, ia3, prefix, prompt, none, or the folder of a saved adapter.")] = "lora",
-    rank: Annotated[int, option(ADAPTER, "LoRA rank.")] = 8,
-    alpha: Annotated[float | None, option(ADAPTER, "LoRA alpha; the scale is alpha/rank.", show_default="2 x rank")] = None,
-    targets: Annotated[str | None, TARGETS] = None,
     method: Annotated[str, option(PLAN, "What moves the weights: hybrid-two-sided, hybrid, mezo, zo-adam, ...")] = "hybrid-two-sided",
     lr_base: Annotated[float | None, LR_BASE] = None,
     lr_peft: Annotated[float | None, LR_PEFT] = None,
@@ -79,13 +61,10 @@ def probe_convergence(
     directions: Annotated[int, option(MEASURE, "Most directions spent on one mean change.")] = 400,
     precision: Annotated[float, option(MEASURE, "Relative standard error at which directions stop.")] = 0.03,
     f_star: Annotated[float | None, option(MEASURE, "A lower bound of the loss.", show_default="0 for cross-entropy")] = None,
-    seed: Annotated[int, option(MEASURE, "Every random number follows from it.")] = 0,
-    device: Annotated[str, option(MACHINE, "cpu, cuda, cuda:1, mps.")] = "cpu",
-    dtype: Annotated[str, option(MACHINE, "float32 (for verification), float64, bfloat16, float16.")] = "float32",
-    micro_batch: Annotated[int | None, MICRO] = None,
     out: Annotated[Path | None, option(OUTPUT, "Run folder.", show_default="runs/convergence-MODEL-DATA")] = None,
     dry_run: Annotated[bool, option(OUTPUT, "Cost estimate, then stop; nothing is written.", "--dry-run")] = False,
     strict: Annotated[bool, option(OUTPUT, "Exit with 3 when a check fails.", "--strict")] = False,
+    **options: Any,
 ) -> None:  # fmt: skip
     """Put a run of the hybrid method beside what theory says: mean one-step descent, convergence bounds, the exponent of the rate.
 
@@ -94,19 +73,25 @@ def probe_convergence(
     console, errors = Console(), Console(stderr=True)
     failed = 0
     with one_sentence(errors), ExitStack() as stack:
-        check_numbers(seed=seed, micro_batch=micro_batch, alpha=alpha, mu=mu)
+        check_numbers(seed=options["seed"], micro_batch=options["micro_batch"], alpha=options["alpha"], mu=mu)
         source = ""
         if rates is not None:
             lr_base, lr_peft, mu, q, source = from_toml(rates, lr_base, lr_peft, mu, q)
-        folder = out or rundir.default_folder("convergence", model or "embedded", data or "sentiment")
-        run = None if dry_run else stack.enter_context(rundir.RunFolder(folder))
+        folder = choose_folder("convergence", options["model"], options["data"], out, options["resume"])
+        run = None if dry_run else stack.enter_context(rundir.RunFolder(folder, options["resume"]))
+        if run is not None and rundir.finished(run.done):
+            console.print(Text(f"{folder} is finished already; its report is made again from its records."))
+            failed = finish(console, run, [*run.done])
+            raise typer.Exit(FAILED if strict and failed else 0)
+        if run is not None and run.dropped:
+            console.print(Text(f"! {run.dropped}", style="yellow"))
         from probes import terminal
         from probes.convergence import Settings
 
         settings = Settings(
             method=method, lr_base=lr_base, lr_peft=lr_peft, steps=steps, runs=runs, points=points, batch_size=batch_size,
-            sampling=sampling, mu=mu, q=q, law=law, precision=precision, most=directions, f_star=f_star, seed=seed, micro_batch=micro_batch,
-            rates_from=source,
+            sampling=sampling, mu=mu, q=q, law=law, precision=precision, most=directions, f_star=f_star, seed=options["seed"],
+            micro_batch=options["micro_batch"], max_memory=size_in_bytes(options["max_memory"]), rates_from=source,
         )  # fmt: skip
         with terminal.waiting(console, "loading model and data"):
             prepare()
@@ -114,15 +99,12 @@ def probe_convergence(
             from probes.provenance import provenance
             from probes.tasks import load_task
 
-            task = load_task(
-                model, data, peft=peft, rank=rank, alpha=alpha, targets=names(targets), loss=loss, rows=rows, max_length=max_length,
-                head=head, labels=names(labels), template=template, text_column=text_column, label_column=label_column, device=device,
-                dtype=dtype, seed=seed,
-            )  # fmt: skip
+            wanted = {n: options[n] for n in TASK} | {n: names(options[n]) for n in ("targets", "labels")}
+            task = load_task(wanted.pop("model"), wanted.pop("data"), **wanted)
         with terminal.Bar(console) as bar:
-            records = follow(
-                convergence.run(task, settings, bar.phase, provenance(), dry=run is None), run, console, bar
-            )
+            done = run.done if run is not None else []
+            stream = convergence.run(task, settings, bar.phase, provenance(), dry=run is None, done=done)
+            records = follow(stream, run, console, bar, words={Point: "point", Trajectory: "run"})
         if run is not None:
             failed = finish(console, run, records)
     if strict and failed:
@@ -160,41 +142,6 @@ def from_toml(
         settings.get("q", q),
         f"from {path.name}",
     )
-
-
-def follow(stream: Iterator[Record], run: rundir.RunFolder | None, console: Console, bar: Any) -> list[Record]:
-    """Write every record as it comes; what was measured survives whatever stops the stream."""
-    from probes import terminal
-
-    records: list[Record] = []
-    try:
-        for record in stream:
-            if run is not None:
-                run.append(record)
-            records.append(record)
-            if isinstance(record, Header):
-                console.print(terminal.opening(record))
-            elif isinstance(record, Preflight) and record.verdict != "ok":
-                console.print(terminal.preflight(record))
-            elif isinstance(record, Warning):
-                console.print(terminal.warning(record))
-            elif isinstance(record, Cost) and record.phase == "estimated":
-                bar.expect(record)
-                console.print(terminal.cost(record))
-    except BaseException as error:
-        if run is not None and run.started:
-            interrupted = isinstance(error, KeyboardInterrupt)
-            run.append(
-                End(
-                    "interrupted" if interrupted else "failed",
-                    "" if interrupted else f"{type(error).__name__}: {error}",
-                )
-            )
-            error.add_note(
-                f"{sum(isinstance(r, Point) for r in records)} points are kept in {run.path}/{rundir.RECORDS}"
-            )
-        raise
-    return records
 
 
 def finish(console: Console, run: rundir.RunFolder, records: list[Record]) -> int:

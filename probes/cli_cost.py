@@ -11,20 +11,22 @@ from rich.text import Text
 
 from hybridtheory.errors import UserError
 from probes import rundir
-from probes.cli import (
+from probes.cli import probe_smoothness
+from probes.command import (
     ADAPTER,
     MEASURE,
     OUTPUT,
+    TASK,
     check_numbers,
+    choose_folder,
     command_line,
     follow,
     names,
     one_sentence,
     option,
-    probe_smoothness,
     quiet,
+    with_options_of,
 )
-from probes.cli_estimators import TASK, with_options_of
 from probes.records import Record
 
 SHARED = (*(n for n in TASK if n != "peft"), "micro_batch", "resume")
@@ -61,7 +63,7 @@ def probe_cost(
     console, errors = Console(), Console(stderr=True)
     with one_sentence(errors), ExitStack() as stack:
         check_numbers(seed=options["seed"], micro_batch=options["micro_batch"], alpha=options["alpha"], mu=1e-3)
-        folder = choose_folder(options["model"], options["data"], out, options["resume"])
+        folder = choose_folder("cost", options["model"], options["data"], out, options["resume"])
         run = None if dry_run else stack.enter_context(rundir.RunFolder(folder, options["resume"]))
         if run is not None and rundir.finished(run.done):
             console.print(Text(f"{folder} is finished already; its report is made again from its records."))
@@ -119,17 +121,6 @@ def finish(console: Console, run: rundir.RunFolder, records: list[Record]) -> No
     for warning in report.warnings:
         console.print(terminal.warning(warning))
     console.print(Text.assemble(("report  ", "dim"), (str(run.path / "report.md"), "bold")))
-
-
-def choose_folder(model: str | None, data: str | None, out: Path | None, resume: bool) -> Path:
-    """--out, or a free name under runs/; with --resume the latest name that is taken."""
-    if out is not None:
-        return out
-    model, data = model or "embedded", data or "sentiment"
-    found = rundir.latest_folder("cost", model, data) if resume else rundir.default_folder("cost", model, data)
-    if found is None:
-        raise UserError(f"--resume: there is no run of {model} on {data} under runs/: give its folder as --out")
-    return found
 
 
 def cost() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,50 +11,28 @@ from rich.text import Text
 
 from hybridtheory.errors import UserError
 from probes import rundir
-from probes.cli import (
+from probes.cli import probe_smoothness
+from probes.command import (
     MEASURE,
     OUTPUT,
     PLAN,
+    TASK,
     check_numbers,
+    choose_folder,
     command_line,
     follow,
     names,
     one_sentence,
     option,
     prepare,
-    probe_smoothness,
+    with_options_of,
 )
 from probes.markdown import interval, number
 from probes.records import Budget, Estimator, Record
 
-TASK = (
-    "model", "data", "rows", "max_length", "loss", "head", "labels", "template", "text_column", "label_column", "revision",
-    "trust_remote_code", "peft", "rank", "alpha", "targets", "virtual_tokens", "device", "dtype", "seed",
-)  # fmt: skip
-Command = Callable[..., None]
 SHARED = (*TASK, "blocks", "batch_size", "micro_batch", "resume")
 
 app = command_line()
-
-
-def with_options_of(
-    source: Callable[..., Any], shared: tuple[str, ...], **defaults: Any
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A command that takes ``shared`` options of another one, declared once, before its own; they arrive in its ``**options``.
-
-    ``defaults`` are this command's where they differ.
-    """
-
-    def decorate(command: Command) -> Command:
-        theirs = inspect.signature(source, eval_str=True).parameters
-        own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
-        both = [p.replace(kind=p.KEYWORD_ONLY) for p in (*(theirs[n] for n in shared), *own)]
-        both = [p.replace(default=defaults.get(p.name, p.default)) for p in both]
-        command.__signature__ = inspect.Signature(both)  # type: ignore[attr-defined]
-        command.__annotations__ = {p.name: p.annotation for p in both}
-        return command
-
-    return decorate
 
 
 @app.command()
@@ -99,7 +75,7 @@ def probe_estimators(
     with one_sentence(errors), ExitStack() as stack:
         check_numbers(seed=options["seed"], micro_batch=options["micro_batch"], alpha=options["alpha"], mu=1e-3)
         steps = None if mus is None else tuple(_positive(x) for x in mus.split(","))
-        folder = choose_folder(options["model"], options["data"], out, options["resume"])
+        folder = choose_folder("estimators", options["model"], options["data"], out, options["resume"])
         run = None if dry_run else stack.enter_context(rundir.RunFolder(folder, options["resume"]))
         if run is not None and rundir.finished(run.done):
             console.print(Text(f"{folder} is finished already; its report is made again from its records."))
@@ -166,19 +142,6 @@ def _positive(text: str) -> float:
         return float(text)
     except ValueError:
         raise UserError(f"--mus is a list of numbers separated by commas, and {text!r} is not a number") from None
-
-
-def choose_folder(model: str | None, data: str | None, out: Path | None, resume: bool) -> Path:
-    """--out, or a free name under runs/; with --resume the latest name that is taken."""
-    if out is not None:
-        return out
-    model, data = model or "embedded", data or "sentiment"
-    found = (
-        rundir.latest_folder("estimators", model, data) if resume else rundir.default_folder("estimators", model, data)
-    )
-    if found is None:
-        raise UserError(f"--resume: there is no run of {model} on {data} under runs/: give its folder as --out")
-    return found
 
 
 def estimators() -> None:

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from hybridtheory.errors import UserError
 from probes import rundir
-from probes.cli import MACHINE, OUTPUT, command_line, one_sentence, option
+from probes.command import MACHINE, OUTPUT, command_line, one_sentence, option
 from probes.records import End
 
 SWEEP, REGISTERED = "Sweep", "Predictions"

@@ -6,82 +6,41 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
 from rich.console import Console
 from rich.text import Text
 
 from hybridtheory.errors import UserError
 from probes import rundir
-from probes.cli import (
-    ADAPTER,
+from probes.cli import finish, probe_smoothness
+from probes.command import (
     MACHINE,
     OUTPUT,
+    TASK,
     WHAT,
     check_numbers,
     command_line,
-    finish,
     follow,
     names,
     one_sentence,
     option,
     prepare,
+    with_options_of,
 )
 from probes.interrupts import asking, noting
 from probes.records import End, Evaluation, Header, Record, Step, Warning
 
 TRAINING, RATES, SCORES = "Training", "Learning rates", "Evaluation"
 
+# What is trained is said as in the probes; but all rows take part, not a few.
+SHARED = tuple(name for name in TASK if name != "rows")
+
 app = command_line()
 
 
 @app.command()
+@with_options_of(probe_smoothness, SHARED)
 def hybrid_train(
-    model: Annotated[
-        str | None,
-        typer.Argument(help="Hub name, local folder or GGUF file; nothing: the embedded model.", show_default=False),
-    ] = None,
-    data: Annotated[
-        str | None,
-        option(
-            WHAT,
-            "A named task (sst2, rte, cb, copa, boolq, winogrande, mrpc, wsc, wic, sentiment), a text, JSONL, CSV or Parquet file, "
-            "a folder of datasets.save_to_disk, or a hub data set.",
-            "--data",
-            "--task",
-            show_default="sentiment",
-        ),
-    ] = None,
     rows: Annotated[int | None, option(WHAT, "Training rows; 0: all there are.")] = 1000,
-    max_length: Annotated[
-        int | None, option(WHAT, "Longest row in tokens; longer ones are cut.", show_default="256 or the context")
-    ] = None,
-    loss: Annotated[str, option(WHAT, "vocabulary: cross-entropy over all tokens; labels: over the label words.")] = (
-        "vocabulary"
-    ),
-    head: Annotated[str, option(WHAT, "Which model class: auto, causal, masked, seq2seq, classification.")] = "auto",
-    labels: Annotated[
-        str | None, option(WHAT, "Label words, comma-separated, for data of your own.", show_default=False)
-    ] = None,
-    template: Annotated[
-        str | None, option(WHAT, "Prompt with {column} fields, for data of your own.", show_default=False)
-    ] = None,
-    text_column: Annotated[str | None, option(WHAT, "Column with the text.", show_default=False)] = None,
-    label_column: Annotated[str | None, option(WHAT, "Column with the label.", show_default=False)] = None,
-    revision: Annotated[str | None, option(WHAT, "Branch, tag or commit on the hub.", show_default=False)] = None,
-    trust_remote_code: Annotated[
-        bool, option(WHAT, "Run model code that comes with the weights.", "--trust-remote-code")
-    ] = False,
-    peft: Annotated[
-        str, option(ADAPTER, "lora, ia3, prefix, prompt, none, or the folder of a saved adapter.")
-    ] = "lora",
-    rank: Annotated[int, option(ADAPTER, "LoRA rank.")] = 8,
-    alpha: Annotated[
-        float | None, option(ADAPTER, "LoRA alpha; the scale is alpha/rank.", show_default="2 x rank")
-    ] = None,
-    targets: Annotated[
-        str | None, option(ADAPTER, "Modules to adapt, comma-separated, or a regex.", show_default="peft's own choice")
-    ] = None,
-    virtual_tokens: Annotated[int, option(ADAPTER, "Virtual tokens of prefix and prompt tuning.")] = 8,
     method: Annotated[str, option(TRAINING, "Any name of hybridtheory.optimizers.METHODS; ? lists them.")] = "hybrid",
     options: Annotated[
         list[str] | None,
@@ -121,15 +80,12 @@ def hybrid_train(
         option(TRAINING, "Directions, e.g. rademacher or subzero:rank=8.", show_default="the method's"),
     ] = None,
     dropout: Annotated[float, option(TRAINING, "Probability; 0 is off.")] = 0.0,
-    seed: Annotated[int, option(TRAINING, "Every random number follows from it.")] = 0,
     eval_every: Annotated[int, option(SCORES, "Steps between evaluations; 0: before and after only.")] = 100,
     eval_rows: Annotated[int, option(SCORES, "Rows scored during the run, the same each time.")] = 200,
     final_rows: Annotated[int, option(SCORES, "Rows scored at the end; 0: all.")] = 0,
     eval_data: Annotated[
         str | None, option(SCORES, "Evaluate on another task, e.g. sst2.", show_default="the data's own splits")
     ] = None,
-    device: Annotated[str, option(MACHINE, "cpu, cuda, cuda:1, mps.")] = "cpu",
-    dtype: Annotated[str, option(MACHINE, "float32, float64, bfloat16, float16.")] = "float32",
     master: Annotated[str, option(MACHINE, "fp32: updates go to a float32 copy of bf16 and fp16 weights.")] = "none",
     micro_batch: Annotated[
         int | None,
@@ -147,6 +103,7 @@ def hybrid_train(
     resume: Annotated[
         bool, option(OUTPUT, "Go on with the run in --out (or the latest of this model and data).", "--resume")
     ] = False,
+    **loading: Any,
 ) -> None:
     """Fine-tune with one method: hybrid (zeroth-order base, first-order PEFT), MeZO, SubZero, LoRA-AdamW and many more.
 
@@ -158,7 +115,10 @@ def hybrid_train(
         from probes.train_settings import TrainSettings
         from probes.train_settings import options as pairs
 
-        check_numbers(seed=seed, micro_batch=micro_batch, alpha=alpha, mu=mu)
+        seed = loading["seed"]
+        check_numbers(seed=seed, micro_batch=micro_batch, alpha=loading["alpha"], mu=mu)
+        model, data = loading.pop("model"), loading.pop("data")
+        loading |= {n: names(loading[n]) for n in ("targets", "labels")}
         if method == "?":
             return console.print(train_text.catalogue())
         if master not in ("none", "fp32"):
@@ -191,12 +151,6 @@ def hybrid_train(
         if rundir.finished(run.done):
             console.print(Text(f"{folder} is finished already"))
             return console.print(train_text.summary(run.done, folder, scored=True))
-        loading: dict[str, Any] = {
-            "peft": peft, "rank": rank, "alpha": alpha, "targets": names(targets), "virtual_tokens": virtual_tokens, "loss": loss,
-            "max_length": max_length, "head": head, "labels": names(labels), "template": template, "text_column": text_column,
-            "label_column": label_column, "device": device, "dtype": dtype, "seed": seed, "revision": revision,
-            "trust_remote_code": trust_remote_code,
-        }  # fmt: skip
         if auto:
             plan: dict[str, Any] = {
                 "seed": seed,

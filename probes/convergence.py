@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,7 +28,7 @@ from probes.convergence_settings import LAWS, Settings
 from probes.cost_estimate import Meter, timed
 from probes.given import Given
 from probes.records import BlockPoint, Cost, End, Point, Recommendation, Record, Warning
-from probes.records_convergence import Descent, Trajectory
+from probes.records_convergence import Descent, Nearby, Trajectory
 from probes.setup import Probe as Setup
 from probes.setup import header
 from probes.smoothness import Progress
@@ -47,8 +47,11 @@ def run(
     progress: Progress | None = None,
     origin: dict[str, Any] | None = None,
     dry: bool = False,
+    done: Sequence[Record] = (),
 ) -> Iterator[Record]:
-    """Measure, record by record; the last ones are the checks. ``dry``: stop after the cost estimate. Raises UserError."""
+    """Measure, record by record; the last ones are the checks. ``dry``: stop after the cost estimate. ``done``: records of the run that
+    is resumed; points and whole runs among them are not measured again. Raises UserError.
+    """
     settings = _batched(settings, len(task.rows))
     probe = Probe.of(task, settings)
     f_star = _f_star(task, settings)
@@ -62,15 +65,24 @@ def run(
         return
     meter.expect(expected)
     with smoothness._restored(probe.groups):
-        eta, source, first, probing = yield from _rates(probe, moves, meter)
+        known = {r.index: r for r in done if isinstance(r, Nearby)}
+        recommended = next((r for r in done if isinstance(r, Recommendation)), None) if known else None
+        eta, source, first, probing = yield from _rates(probe, moves, meter, recommended)
         runs: list[Trajectory] = []
         measured: list[Point] = []
-        local: list[Local] = []
+        nearby: list[Nearby] = []
         descents: list[Descent] = []
-        coupled_sq: list[float] = []
         start = {b.name: clone(b.tensors) for b in probe.groups}
         for number in range(settings.runs):
             meter.phase(f"run {number + 1} of {settings.runs}")
+            whole = next((r for r in done if isinstance(r, Trajectory) and r.run == number), None)
+            if whole is not None:
+                if number == 0:
+                    measured += [r for r in done if isinstance(r, Point)]
+                    descents += [r for r in done if isinstance(r, Descent)]
+                    nearby += known.values()
+                runs.append(whole)
+                continue
             smoothness._put(probe.groups, start)
             walker = Walker(
                 probe.oracle,
@@ -84,23 +96,26 @@ def run(
             for step in walker.steps(settings.steps):
                 if step in at:
                     index = at.index(step)
+                    if index in known:
+                        measured += [r for r in done if isinstance(r, Point) and r.index == index]
+                        descents += [r for r in done if isinstance(r, Descent) and r.index == index]
+                        nearby.append(known[index])
+                        continue
                     meter.phase(f"point {index + 1} of {settings.points}")
-                    known = first if index == 0 else None
-                    here, near, changes, cross = _point(probe, eta, moves, index, step, known)
+                    here, near, changes, cross = _point(probe, eta, moves, index, step, first if index == 0 else None)
                     measured.append(here)
-                    coupled_sq.append(cross)
                     yield here
-                    if near is not None:
-                        local.append(near)
                     for change in changes:
                         descents.append(_descent(change, eta, index, step))
                         yield descents[-1]
+                    nearby.append(Nearby(index, step, cross, near.slope_error if near is not None else 0.0))
+                    yield nearby[-1]
                     meter.phase(f"run {number + 1} of {settings.runs}")
             runs.append(walker.record())
             yield runs[-1]
             if walker.status != "finished":
                 yield Warning(f"run {number} ended early: {walker.note}", "run")
-    found = constants(probe, eta, source, measured, coupled_sq, local, runs, f_star)
+    found = constants(probe, eta, source, measured, nearby, runs, f_star)
     yield found
     yield from checks(descents, found, runs)
     spent = meter.actual()
@@ -168,9 +183,12 @@ def _difference(method: str) -> str:
 
 
 def _rates(
-    probe: Probe, moves: dict[str, str], meter: Meter
+    probe: Probe, moves: dict[str, str], meter: Meter, recommended: Recommendation | None = None
 ) -> Generator[Record, None, tuple[dict[str, float], str, Point | None, Cost]]:
-    """(rates, their source, the first point where it was measured, what that cost): a short smoothness run for what was not given."""
+    """(rates, their source, the first point where it was measured, what that cost): a short smoothness run for what was not given.
+
+    ``recommended``: what that run recommended before an interruption, when its first point is no longer needed.
+    """
     s = probe.settings
     spent = Cost("actual", 0, 0, 0, 0.0, 0)
     given = {g: v for g, v in (("base", s.lr_base), ("peft", s.lr_peft)) if v is not None and g in moves}
@@ -183,8 +201,9 @@ def _rates(
         micro_batch=s.micro_batch, curvature=s.curvature, max_vectors=16, max_steps=40, max_memory=s.max_memory,
     )  # fmt: skip
     first: Point | None = None
-    found: Recommendation | None = None
-    for record in smoothness.run(probe.task, short, progress=lambda what, _: meter.phase(f"rates: {what}")):
+    found = recommended
+    probing = smoothness.run(probe.task, short, progress=lambda what, _: meter.phase(f"rates: {what}"))
+    for record in () if recommended is not None else probing:
         if isinstance(record, smoothness.Preflight | Warning):
             yield record
         elif isinstance(record, Cost) and record.phase == "actual":

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from hybridtheory.descent import Local
 from hybridtheory.optimizers.catalogue import METHODS
 from hybridtheory.smoothness import fit_envelope
 from hybridtheory.theory import step_sizes
@@ -16,7 +15,7 @@ from hybridtheory.theory.descent import Mean, compare, rate_exponent
 from hybridtheory.theory.held import THEOREMS, evidence, hold
 from probes.convergence_settings import PLAIN
 from probes.records import BlockPoint, Point, Record
-from probes.records_convergence import Checked, Constants, Descent, Exponent, Trajectory
+from probes.records_convergence import Checked, Constants, Descent, Exponent, Nearby, Trajectory
 from probes.setup import Probe
 
 TOLERANCE = {"quadratic": 0.10, "fitted": 0.15}
@@ -53,7 +52,7 @@ def _joint(norms: dict[str, float], names: Sequence[str]) -> dict[str, float]:
 
 
 def constants(
-    probe: Probe, eta: dict[str, float], source: str, measured: Sequence[Point], cross: Sequence[float], local: Sequence[Local],
+    probe: Probe, eta: dict[str, float], source: str, measured: Sequence[Point], nearby: Sequence[Nearby],
     runs: Sequence[Trajectory], f_star: float,
 ) -> Constants:  # fmt: skip
     """The largest of every constant over the points, and the settings that theorems ask for."""
@@ -75,9 +74,9 @@ def constants(
     fixed = [n for n in names if n not in eta]
     return Constants(
         eta={n: eta.get(n, 0.0) for n in names}, norms=norms, L=L, trace_plus=max(trace, norms.get("base", 0.0)),
-        cross_sq=max(cross, default=0.0), laws=laws, d={g.name: g.numel for g in probe.groups},
+        cross_sq=max((x.cross_sq for x in nearby), default=0.0), laws=laws, d={g.name: g.numel for g in probe.groups},
         Delta=runs[0].loss[0] - f_star, f_star=f_star,
-        slope_error=max((x.slope_error for x in local), default=0.0), mu=s.mu, q=s.q, law=law,
+        slope_error=max((x.slope_error for x in nearby), default=0.0), mu=s.mu, q=s.q, law=law,
         n=1 if s.whole else len(probe.oracle.batches), sampling=s.order, method=s.method, sgd=s.method in PLAIN, rates_from=source,
         note=f"the method does not move: {', '.join(fixed)}" if fixed else "",
     )  # fmt: skip

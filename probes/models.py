@@ -58,6 +58,7 @@ def load_model(
     seed: int = 0,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    allow_pickle: bool = False,
     cache: Path | None = None,
 ) -> Loaded:
     """Load ``model``: None (the embedded one), "smollm2" or "minilm" (installed packages), a folder, a GGUF file, or
@@ -66,6 +67,7 @@ def load_model(
     head   which auto class: "auto" reads it off the configuration; a bare encoder becomes a classifier for labelled
            data, a masked LM otherwise.
     seed   initialises a head that the checkpoint lacks; the caller's global generator is left as it was.
+    allow_pickle  reads weights that are only there as pickle (through torch's restricted unpickler); refused otherwise.
     cache  where a converted GGUF file is kept (default: $XDG_CACHE_HOME/hybridtheory).
     """
     place = find(model, cache)
@@ -89,10 +91,15 @@ def load_model(
             options["experts_implementation"] = "eager"  # the grouped kernels of mixtures have no second derivative
         try:
             loaded, report = KINDS[kind].from_pretrained(
-                source, config=config, dtype=dtype, output_loading_info=True, **options
+                source,
+                config=config,
+                dtype=dtype,
+                output_loading_info=True,
+                use_safetensors=None if allow_pickle else True,
+                **options,
             )
         except (OSError, ValueError, ImportError, RuntimeError) as error:
-            raise UserError(_cannot_load(place, options, error)) from None
+            raise UserError(_cannot_load(place, options, error, allow_pickle)) from None
         try:
             options.pop("experts_implementation", None)
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
@@ -214,7 +221,12 @@ def _context(config: Any, tokenizer: Any) -> int | None:
     return min(limits) if limits else None
 
 
-def _cannot_load(place: Place, options: dict[str, Any], error: BaseException) -> str:
+def _cannot_load(place: Place, options: dict[str, Any], error: BaseException, allow_pickle: bool = True) -> str:
+    if "safetensors" in str(error) and not allow_pickle:
+        return (
+            f"the model {place.name} has no weights as safetensors, and pickled ones can run code: convert them "
+            f"(load once where you trust them, then save_pretrained), or pass --allow-pickle"
+        )
     if not place.local and options["local_files_only"]:
         return (
             f"the model {place.name} is neither a folder nor in the local cache, and the hub cannot be reached: "

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from hybridtheory.estimate import Estimate, Finding
 from hybridtheory.theory.checks import Hypothesis
-from probes.records_convergence import Checked, Constants, Descent, Exponent, Trajectory
+from probes.records_convergence import Checked, Constants, Descent, Exponent, Nearby, Trajectory
 from probes.records_cost import StepMemory, StepTime
 from probes.records_sweep import Cell, Predictions, SweepTask
 
@@ -563,6 +563,7 @@ Record = (
     | Outcome
     | Trajectory
     | Descent
+    | Nearby
     | Constants
     | Exponent
     | Checked
@@ -594,6 +595,7 @@ KINDS: dict[str, type[Any]] = {
     "outcome": Outcome,
     "trajectory": Trajectory,
     "descent": Descent,
+    "nearby": Nearby,
     "constants": Constants,
     "exponent": Exponent,
     "checked": Checked,

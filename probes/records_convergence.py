@@ -56,6 +56,18 @@ class Descent:
 
 
 @dataclass(frozen=True)
+class Nearby:
+    """The rest of what theorems are given from a point of the first run, written after its descents: cross_sq = ‖H_xy‖_F² plus two
+    standard errors, slope_error as in Constants.
+    """
+
+    index: int
+    step: int
+    cross_sq: float
+    slope_error: float
+
+
+@dataclass(frozen=True)
 class Constants:
     """What the theorems are given: the largest of every constant over the measured points, and the settings of the run.
 

@@ -20,12 +20,12 @@ AXES = ("base", "peft", "scale", "ratio", "fixed")
 ENDS: tuple[str, ...] = get_args(Ends)
 LOADING = (
     "peft", "rank", "alpha", "targets", "virtual_tokens", "init", "loss", "rows", "max_length", "head", "labels", "template",
-    "text_column", "label_column", "device", "dtype", "revision", "trust_remote_code",
+    "text_column", "label_column", "device", "dtype", "revision", "trust_remote_code", "allow_pickle",
 )  # fmt: skip
 # Settings of `probes.train_settings.TrainSettings` that a description may set; the rest belongs to the cells.
 TRAIN = (
     "batch", "mu", "q", "law", "options", "weight_decay", "schedule", "sampling", "accumulate", "micro_batch", "objective", "dropout",
-    "master", "eval_every", "eval_rows", "eval_data", "final_rows",
+    "master", "eval_every", "eval_rows", "eval_data", "final_rows", "lower_share",
 )  # fmt: skip
 TRAIN_DEFAULTS: dict[str, Any] = {"eval_every": 0, "eval_rows": 64, "eval_data": "train"}
 METHOD = (*TRAIN, "axes", "lr", "lr_base", "lr_peft", "base", "peft")

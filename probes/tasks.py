@@ -114,6 +114,7 @@ def load_task(
     seed: int = 0,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    allow_pickle: bool = False,
     tokenizer: Any = None,
     cache: str | Path | None = None,
 ) -> Task:
@@ -157,6 +158,7 @@ def load_task(
             seed=seed,
             revision=revision,
             trust_remote_code=trust_remote_code,
+            allow_pickle=allow_pickle,
             cache=Path(cache) if cache else None,
         )
     objective = _objective(loaded, loss, source, options)

@@ -9,7 +9,7 @@ from made_up_run import made_up_run
 from typer.testing import CliRunner
 
 from hybridtheory.errors import UserError
-from probes import cli, figures, jsonl, rundir, smoothness
+from probes import cli, command, figures, jsonl, rundir, smoothness
 from probes import records as R
 from probes.report import Report
 
@@ -277,10 +277,10 @@ def test_a_run_of_the_real_probe_from_the_command_to_its_files(tmp_path, gpt2, f
     ("text", "size"), [("8GiB", 8 * 2**30), ("900MiB", 900 * 2**20), ("8 GB", 8 * 10**9), ("123456", 123456)]
 )
 def test_memory_sizes(text: str, size: int) -> None:
-    assert cli.size_in_bytes(text) == size
+    assert command.size_in_bytes(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "8 apples", "-1GiB", "0", "GiB", "1e3", "nan"])
 def test_memory_sizes_refused(text: str) -> None:
     with pytest.raises(UserError, match="--max-memory is a size like 8GiB"):
-        cli.size_in_bytes(text)
+        command.size_in_bytes(text)

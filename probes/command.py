@@ -1,0 +1,243 @@
+"""What the command lines share: how options are declared and borrowed, how records are followed, how errors are told.
+
+Exit codes: 0 done; 2 bad input or a model that cannot be measured, with one sentence; 130 Ctrl-C, with what was
+measured kept.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+import shlex
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from hybridtheory.errors import UserError
+from probes import rundir
+from probes.records import Cost, End, Header, Point, Preflight, Record, Secant, Warning
+
+WHAT, ADAPTER, MEASURE, PLAN, MACHINE, OUTPUT = (
+    "Model and data",
+    "Adapter",
+    "Measurement",
+    "Planned training",
+    "Machine",
+    "Output",
+)
+# Options of probe-smoothness that say what is measured: every probe takes them.
+TASK = (
+    "model", "data", "rows", "max_length", "loss", "head", "labels", "template", "text_column", "label_column", "revision",
+    "trust_remote_code", "allow_pickle", "peft", "rank", "alpha", "targets", "virtual_tokens", "device", "dtype", "seed",
+)  # fmt: skip
+Command = Callable[..., None]
+
+
+def command_line() -> typer.Typer:
+    """What every command shares: no completion scripts, our own sentences instead of typer's tracebacks, -h beside --help."""
+    return typer.Typer(
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="rich",
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+
+
+def option(panel: str, help: str, *names: str, **more: Any) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel=panel, **more)
+
+
+def with_options_of(
+    source: Callable[..., Any], shared: tuple[str, ...], **defaults: Any
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A command that takes ``shared`` options of another one, declared once, before its own; they arrive in its ``**options``.
+
+    ``defaults`` are this command's where they differ.
+    """
+
+    def decorate(command: Command) -> Command:
+        theirs = inspect.signature(source, eval_str=True).parameters
+        own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
+        both = [p.replace(kind=p.KEYWORD_ONLY) for p in (*(theirs[n] for n in shared), *own)]
+        both = [p.replace(default=defaults.get(p.name, p.default)) for p in both]
+        command.__signature__ = inspect.Signature(both)  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in both}
+        return command
+
+    return decorate
+
+
+def follow(
+    stream: Iterator[Record],
+    run: rundir.RunFolder | None,
+    console: Console,
+    bar: Any,
+    doctor: bool,
+    words: Mapping[type, str] = MappingProxyType({Point: "point", Secant: "secant"}),
+) -> list[Record]:
+    """Write every record as it comes and show what a user wants to see of it; what was measured survives whatever
+    stops the stream. ``words``: what the probe measures, and what a user calls one of it.
+    """
+    from probes import terminal
+
+    records: list[Record] = list(run.done) if run is not None else []
+    resumed = bool(records)
+    try:
+        for record in stream:
+            if isinstance(record, Cost) and record.phase == "actual" and resumed:
+                record = replace(record, note="of the resumed part")
+            if run is not None and not run.append(record):
+                continue  # a resumed run says again what stands in the file
+            records.append(record)
+            if isinstance(record, Header):
+                console.print(terminal.opening(record))
+                if doctor:
+                    console.print(terminal.versions(record))
+            elif isinstance(record, Preflight) and (doctor or record.verdict != "ok"):
+                console.print(terminal.preflight(record))
+            elif isinstance(record, Warning) and not any(isinstance(r, Point) for r in records):
+                console.print(terminal.warning(record))  # later ones stand in the summary
+            elif isinstance(record, Cost) and record.phase == "estimated":
+                bar.expect(record)
+                console.print(terminal.cost(record))
+    except BaseException as error:
+        if run is not None and run.started:
+            reason = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+            run.append(End(reason, "" if reason == "interrupted" else f"{type(error).__name__}: {error}"))  # type: ignore[arg-type]
+            error.add_note(kept(run, records, words))
+        raise
+    return records
+
+
+def kept(run: rundir.RunFolder, records: list[Record], words: Mapping[type, str]) -> str:
+    """What survives, and the command that goes on."""
+    counts = {word: sum(isinstance(r, kind) for r in records) for kind, word in words.items()}
+    measured = " and ".join(f"{n} {word}{'s'[: n != 1]}" for word, n in counts.items())
+    arguments = [a for a in sys.argv[1:] if a != "--resume"]
+    if not any(a == "--out" or a.startswith("--out=") for a in arguments):
+        arguments += ["--out", str(run.path)]
+    command = shlex.join([Path(sys.argv[0]).name, *arguments, "--resume"])
+    return f"{measured} are kept in {run.path}; to go on: {command}"
+
+
+def choose_folder(probe: str, model: str | None, data: str | None, out: Path | None, resume: bool) -> Path:
+    """--out, or a free name under runs/; with --resume the latest name that is taken."""
+    if out is not None:
+        return out
+    model, data = model or "embedded", data or "sentiment"
+    found = rundir.latest_folder(probe, model, data) if resume else rundir.default_folder(probe, model, data)
+    if found is None:
+        raise UserError(f"--resume: there is no run of {model} on {data} under runs/: give its folder as --out")
+    return found
+
+
+def size_in_bytes(text: str | None) -> int | None:
+    """8GiB, 900MiB, 8GB or plain bytes."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kMGT])(i?)B?)?\s*", text)
+    size = 0.0
+    if found:
+        number, unit, binary = found.groups()
+        size = float(number) * (1024 if binary else 1000) ** (" kMGT".index(unit) if unit else 0)
+    if size < 1:
+        raise UserError(f"--max-memory is a size like 8GiB or 900MiB, not {text!r}")
+    return int(size)
+
+
+def check_numbers(seed: int, micro_batch: int | None, alpha: float | None, mu: float) -> None:
+    """What would fail late, or be misunderstood; the rest is checked where it is used."""
+    if not 0 <= seed < 2**63:
+        raise UserError(f"--seed is a whole number from 0 to 2^63 - 1, not {seed}")
+    if micro_batch is not None and micro_batch < 1:
+        raise UserError(f"--micro-batch is a number of rows, at least 1, not {micro_batch}")
+    for name, value in (("alpha", alpha), ("mu", mu)):
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"--{name} is a positive number, not {value}")
+
+
+def names(text: str | None) -> list[str] | str | None:
+    """ "a,b" is a list of names; anything with a regex character is one pattern."""
+    if text is None:
+        return None
+    parts = [p.strip() for p in text.split(",") if p.strip()]
+    if not parts:
+        raise UserError("an empty list of names was given: leave the option out, or name at least one")
+    return text if any(c in text for c in "*+?()[]|^$\\") else parts
+
+
+def prepare() -> None:
+    """Before a probe or a training loads anything: this process is ours, and its libraries are quiet."""
+    from hybridtheory import memory
+
+    memory.keep_freed()
+    quiet()
+
+
+def quiet() -> None:
+    """Progress bars and notices of the libraries would tear ours apart; what matters of them reaches the user as a
+    warning of ours.
+    """
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", module=r"(torch|transformers|peft|datasets)(\.|$)")
+
+
+@contextmanager
+def one_sentence(console: Console) -> Iterator[None]:
+    """Errors that are the user's to mend become one sentence and an exit code; a defect of ours keeps its traceback."""
+    try:
+        yield
+    except UserError as error:
+        tell(console, str(error), error)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt as error:
+        tell(console, "interrupted", error)
+        raise typer.Exit(130) from None
+    except Exception as error:
+        if not out_of_memory(error):
+            for note in getattr(error, "__notes__", []):
+                console.print(Text(note))
+            raise
+        tell(
+            console,
+            "out of memory: give a smaller --micro-batch (the numbers stay the same), fewer --rows or a smaller --max-length",
+            error,
+        )
+        raise typer.Exit(2) from None
+
+
+def tell(console: Console, sentence: str, error: BaseException) -> None:
+    console.print(
+        Text.assemble(
+            ("error: " if sentence != "interrupted" else "", "bold red"), (" ".join(sentence.split()), "red")
+        ),
+        soft_wrap=True,
+    )
+    for note in getattr(error, "__notes__", []):
+        console.print(Text(note), soft_wrap=True)
+    if isinstance(error, KeyboardInterrupt) and not getattr(error, "__notes__", []):
+        console.print(Text("nothing was measured yet, so nothing was written"), soft_wrap=True)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """torch on CUDA, Python itself, and torch on the CPU (a RuntimeError that says so)."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    )
