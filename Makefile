@@ -13,7 +13,7 @@ TEST_ENV = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 PYTEST = $(TEST_ENV) $(BIN)/python -m pytest -x -q -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow lint types contract wheel real-data bench gpu-check clean
+.PHONY: help demo test slow lint types contract wheel real-data bench figures gpu-check clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
@@ -64,6 +64,9 @@ bench: $(VENV)/.core  ## speed and memory beside the public tools, which get an 
 	$(BIN)/python benchmarks/curvature.py
 	$(BIN)/python benchmarks/step_speed.py
 	$(BIN)/python benchmarks/hybrid_cost.py
+
+figures: $(VENV)/.core  ## the papers' figures from committed records, into docs/figures
+	$(BIN)/python -m paper_figs
 
 # The contract tables with every tensor on the device, then CUDA against the CPU, then the timings.
 gpu-check: $(VENV)/.dev  ## numeric tests and benchmarks on a CUDA device; says so when there is none

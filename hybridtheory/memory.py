@@ -9,6 +9,7 @@ from functools import cache
 import psutil
 import torch
 
+GIVEN_BACK = 1 << 28  # bytes that are worth the walk through the heap
 _MMAP_MAX, _TRIM_THRESHOLD = -4, -1  # mallopt's names for them
 
 
@@ -30,6 +31,13 @@ def keep_freed() -> None:
     if libc is not None:
         libc.mallopt(_MMAP_MAX, 0)
         libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def give_back() -> None:
+    """Hand freed blocks back to the system after all: where a phase ends whose blocks the next one will not fill."""
+    libc = _glibc()
+    if libc is not None and _kept_free() > GIVEN_BACK:
+        libc.malloc_trim(0)
 
 
 class _Mallinfo2(ctypes.Structure):

@@ -307,6 +307,7 @@ class Products:
 
     def close(self) -> None:
         self._kept.clear()
+        memory.give_back()
 
     def _product(self, i: int) -> _Product:
         if i in self._kept:

@@ -50,7 +50,7 @@ def traces(
     chunk: int | None = None,
     index: int = 0,
     beside: Lanczos | None = None,
-    stand_in: Callable[[Tensors], np.ndarray] | None = None,
+    stand_ins: Sequence[Callable[[Tensors], np.ndarray]] = (),
 ) -> dict[str, Traces]:
     """Hutchinson's trace of every block out of shared products: z_b'(Hz)_b with Rademacher z over all ``blocks``.
 
@@ -58,9 +58,10 @@ def traces(
     needed), so the vectors sample the rest only: with the extreme eigenvalues gone their variance is what the bulk leaves (the
     idea of Hutch++, Meyer et al. 2021).
 
-    ``stand_in``: z'Hz of a single block, roughly and cheaply, by micro-batch (a second difference of the loss). Where the pilot says that
-    it pays, the trace is the mean of many stand-ins plus that of what they leave out, z'Hz less its stand-in, on fewer vectors that have
-    both (two-level Monte Carlo, Giles 2008): unbiased however rough the stand-in is, and the standard error holds both parts.
+    ``stand_ins``: z'Hz of a single block, roughly and cheaply, by micro-batch (second differences of the loss, of several steps). The one
+    that is nearest on the first vectors is taken; where the pilot says that it pays, the trace is the mean of many stand-ins plus that
+    of what they leave out, z'Hz less its stand-in, on fewer vectors that have both (two-level Monte Carlo, Giles 2008): unbiased
+    however rough the stand-in is, and the standard error holds both parts.
 
     Each sample is unbiased for every block at once; the price is the noise of the coupling between blocks, so PEFT and base blocks
     are measured in separate calls. Two stages, so that the stopping rule cannot bias the answer: ``pilot`` vectors, in pairs, say
@@ -118,11 +119,19 @@ def traces(
 
     def near(start: int, stop: int) -> list[np.ndarray]:
         """Stand-ins of those vectors, (micro-batches,) each."""
-        assert stand_in is not None
-        return [stand_in(probe(blocks[0], number, unit == 2)) for number in range(start, stop)]
+        return [chosen(probe(blocks[0], number, unit == 2)) for number in range(start, stop)]
 
-    if stand_in is not None and len(blocks) == 1 and beside is None and count >= 2 * unit:
-        name, beside_exact = blocks[0].name, near(0, count)
+    if stand_ins and len(blocks) == 1 and beside is None and count >= 2 * unit:
+        name = blocks[0].name
+        first = [probe(blocks[0], number, unit == 2) for number in range(2)]
+
+        def miss(candidate: Callable[[Tensors], np.ndarray]) -> float:
+            return sum((float(candidate(z).sum()) - sum(e)) ** 2 for z, e in zip(first, samples[name]))
+
+        misses = [miss(c) for c in stand_ins]
+        chosen = stand_ins[int(np.argmin(np.nan_to_num(misses, nan=np.inf)))]
+        del first
+        beside_exact = near(0, count)
         both, alone = _levels(pilots[0], np.array([f.sum() for f in beside_exact]), unit, tol, wanted)
         if alone:
             planned = min(max(both, count), most)
@@ -159,9 +168,8 @@ def _two_levels(
     unit: int,
 ) -> Traces:
     """``samples`` and ``near``: z'Hz and its stand-in on the same vectors; ``far``: stand-ins on others."""
-    if (
-        len({len(x) for x in (*samples, *near, *far)}) > 1
-    ):  # memory ran out midway: only sums over the micro-batches compare
+    widths = {len(x) for part in (samples, near, far) for x in part}
+    if len(widths) > 1:  # memory ran out midway: only sums over the micro-batches compare
         samples = [[sum(s)] for s in samples]
         near, far = ([x.sum(keepdims=True) for x in part] for part in (near, far))
     width = len(far[0])

@@ -82,7 +82,7 @@ def follow(
     run: rundir.RunFolder | None,
     console: Console,
     bar: Any,
-    doctor: bool,
+    doctor: bool = False,
     words: Mapping[type, str] = MappingProxyType({Point: "point", Secant: "secant"}),
 ) -> list[Record]:
     """Write every record as it comes and show what a user wants to see of it; what was measured survives whatever

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,8 @@ from probes.records import AtScale, BlockPoint, Density, FiniteScale, Phi, Point
 
 # A group's upper bound on lambda_max lies within this share of the spectrum's width: 14 products at d = 1e6, 16 at 1e8.
 BOUND = 0.25
+# Steps of the second differences that stand in for products, in mu: small ones are nearer to the Hessian and noisier.
+STAND_IN_STEPS = (1.0, 0.25, 0.0625)
 
 
 @dataclass(frozen=True)
@@ -237,7 +240,7 @@ def _curvature(
     ):
         # Too large to keep Lanczos's vectors and sample beside them: second differences of the loss do most of the sampling.
         values = forward.Values(hess.oracle, group)
-        more["stand_in"] = lambda z: values.quotient(z, settings.mu)
+        more["stand_ins"] = [partial(values.quotient, h=settings.mu * share) for share in STAND_IN_STEPS]
     traces = measure_traces(
         hess, parts, settings.seed, tol=settings.trace_tol, max_vectors=vectors, index=index, beside=found, **more
     )

@@ -515,16 +515,16 @@ class Outcome:
 @dataclass(frozen=True)
 class Cost:
     """Calls of the oracle (each over all rows), seconds and peak bytes; estimated before the work and actual after
-    it.
+    it. All of it is volatile: a resumed run knows what its own part took.
     """
 
     phase: Literal["estimated", "actual"]
-    gradients: float
-    products: float
-    values: float
+    gradients: float = volatile()
+    products: float = volatile()
+    values: float = volatile()
     seconds: float = volatile()
     memory_bytes: int = volatile()
-    note: str = ""
+    note: str = volatile("")
 
 
 @dataclass(frozen=True)

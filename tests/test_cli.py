@@ -36,7 +36,7 @@ def elsewhere(tmp_path, monkeypatch):
     """Every command runs in an empty folder, as `probe-smoothness`, on a terminal wide enough for one line a sentence."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(cli, "quiet", lambda: None)  # it changes settings of the process
+    monkeypatch.setattr(cli, "prepare", lambda: None)  # it changes settings of the process
     return tmp_path
 
 

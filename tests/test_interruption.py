@@ -18,11 +18,11 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from probes import checkpoints, cli, cli_train, rundir
+from probes import checkpoints, cli, cli_convergence, cli_train, rundir
 from probes.jsonl import stable
 
 pytestmark = pytest.mark.slow
-KILLS = 25  # of each command, at times uniform over its wall time
+KILLS = {"probe": 25, "train": 25, "convergence": 8}  # at times uniform over the wall time
 RATES = ["--lr-base", "1e-4", "--lr-peft", "1e-2"]
 PROBE = ["--points", "2", "--secants", "4", "--run-steps", "4", "--directions", "4", "--rows", "6"]
 TRAIN = [
@@ -40,6 +40,7 @@ TRAIN = [
     "8",
     *RATES,
 ]
+COMPARE = ["--points", "2", "--steps", "8", "--runs", "2", "--directions", "12", "--rows", "6", *RATES]
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Command:
 
     run: Callable[[Path, bool], None]
     result: Callable[[Path], list[str]]
+    kills: int
 
 
 def records(folder: Path) -> list[str]:
@@ -76,18 +78,19 @@ def _without_seconds(value: object) -> str:
     )
 
 
-@pytest.fixture(scope="module", params=["probe", "train"])
+@pytest.fixture(scope="module", params=list(KILLS))
 def command(request, gpt2, films):
     app, own, result = {
         "probe": (cli.app, PROBE, probed),
         "train": (cli_train.app, TRAIN, trained),
+        "convergence": (cli_convergence.app, COMPARE, records),
     }[request.param]
 
     def run(folder: Path, resume: bool) -> None:
         arguments = [str(gpt2), "--data", str(films), *own, "--out", str(folder), *["--resume"][:resume]]
         app(arguments, standalone_mode=False)
 
-    return Command(run, result)
+    return Command(run, result, KILLS[request.param])
 
 
 def forked(
@@ -130,14 +133,14 @@ def test_killed_at_any_time_and_resumed_is_uninterrupted(command, whole, tmp_pat
     expected, seconds = whole
     times = random.Random(0)
     begun = 0
-    for number in range(KILLS):
+    for number in range(command.kills):
         folder = tmp_path / str(number)
         status = forked(command, folder, after=times.uniform(0, seconds))
         assert os.WIFSIGNALED(status) or os.waitstatus_to_exitcode(status) == 0
         begun += (folder / rundir.RECORDS).exists()
         finish(command, folder)
         assert command.result(folder) == expected, f"kill {number}"
-    assert begun > KILLS // 4  # a test whose kills all fall before anything is written shows nothing
+    assert begun > command.kills // 4  # a test whose kills all fall before anything is written shows nothing
 
 
 def test_killed_again_and_again_it_still_gets_there(command, whole, tmp_path):

@@ -238,7 +238,7 @@ def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, quadratic: list[Record
     held = {"records": quadratic}
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(cli_convergence, "quiet", lambda: None)
+    monkeypatch.setattr(cli_convergence, "prepare", lambda: None)
     monkeypatch.setattr("probes.tasks.load_task", lambda *a, **k: None)
     monkeypatch.setattr("probes.convergence.run", lambda *a, **k: iter(held["records"]))
     return held
@@ -265,7 +265,7 @@ def test_ctrl_c_keeps_what_was_measured(made: dict[str, list[Record]], monkeypat
 
     monkeypatch.setattr("probes.convergence.run", stopped)
     result = command("--out", "stopped")
-    assert result.exit_code == 130 and "1 points are kept in stopped" in result.output
+    assert result.exit_code == 130 and "1 point and 0 runs are kept in stopped" in result.output
     assert isinstance(rundir.load("stopped")[-1], End) and of(rundir.load("stopped"), Descent)
 
 

@@ -23,7 +23,7 @@ RATES = ["--lr-base", "1e-5", "--lr-peft", "1e-2"]
 def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(cli_train, "quiet", lambda: None)  # it changes settings of the process
+    monkeypatch.setattr(cli_train, "prepare", lambda: None)  # it changes settings of the process
     return tmp_path
 
 
