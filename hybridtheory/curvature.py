@@ -99,7 +99,10 @@ def coupling(
 
 
 def margin(hess: Products, limits: dict[str, float], seed: int, index: int = 0, **options: Any) -> Lanczos:
-    """Both ends of D^{-1/2} H D^{-1/2}, D = diag(L_b I): the joint condition D ⪰ H ⪰ −D holds when they lie in [−1, 1]."""
+    """Both ends of D^{-1/2} H D^{-1/2}, D = diag(L_b I): the joint condition D ⪰ H ⪰ −D holds when they lie in [−1, 1].
+
+    ``options`` of `lanczos`; below=1.0 ends it where the bound already says that the upper end lies below 1.
+    """
     blocks = hess.blocks
     bad = [b.name for b in blocks if not limits[b.name] > 0]
     if bad:

@@ -83,6 +83,7 @@ def lanczos(
     bound: float = math.inf,
     mixed: bool = False,
     basis: bool | None = None,
+    below: float = -math.inf,
 ) -> Lanczos:
     """Both ends of the spectrum of a symmetric map, until each end in ``ends`` is resolved to the relative error ``tol`` and the
     one-sided bounds (each holds with probability 1 - 2 ``failure``) lie within ``bound`` spreads of the Ritz values.
@@ -92,6 +93,7 @@ def lanczos(
     end that is a cluster creeps while its residual looks settled. ``ends`` = ("modulus",) resolves |λ|max alone: the larger end, and
     the other one far enough to know that it is the smaller. Without a kept
     basis the vectors lose orthogonality and converged values reappear as copies: ends stay right, copies only waste steps.
+    ``below``: it is enough to know, with the bound's probability, that the upper end lies below this.
     ``start`` is overwritten: on a large model every vector counts.
     """
     d = sum(t.numel() for t in start)
@@ -142,7 +144,8 @@ def lanczos(
             enough = enough and abs(theta[rival]) + errors[rival] <= (1 + tol) * spread
         agreed = agreed + 1 if enough else 0
         bounded = _outer(end_excess(d, k + 1, failure, mixed)) <= bound
-        if exhausted or (agreed >= 2 and bounded and k + 1 >= min_steps) or k + 1 == steps_allowed:
+        decided = theta[-1] + _outer(end_excess(d, k + 1, failure, mixed)) * (theta[-1] - theta[0]) < below
+        if exhausted or ((decided or (agreed >= 2 and bounded)) and k + 1 >= min_steps) or k + 1 == steps_allowed:
             break
         betas.append(beta)
         previous, q = q, scale_(w, 1 / beta)
@@ -155,6 +158,11 @@ def lanczos(
         resolved = errors[end] <= _allowed(theta, end, tol)
         wanted = f"wanted {tol * abs(theta[end]):.2g}"
         note = "" if resolved else f"error about {errors[end]:.2g} after {k + 1} products, {wanted}"
+        if not resolved and end == -1 and decided:
+            resolved, note = (
+                True,
+                f"error about {errors[end]:.2g} after {k + 1} products; that it lies below {below:g} is certain enough",
+            )
         return Estimate(
             float(theta[end]),
             residual=float(residuals[end]),

@@ -32,7 +32,8 @@ def caption(records: list[Record]) -> str:
             )
     d = base[0].d if base else 0
     return (
-        f"Mean squared cosine (left) and total variance over the squared gradient norm (right) of one estimate, {report.header.model.name}. "
+        f"Mean squared cosine (left) and total variance over the squared gradient norm (right) of one estimate, "
+        f"{report.header.model.name}. "
         f"A subspace raises the cosine with the gradient's projection, not with the gradient itself, which stays at 1/d = {number(1 / d)}. "
         f"{'; '.join(parts)}."
     )

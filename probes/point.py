@@ -172,8 +172,9 @@ def measure(
                     settings.seed,
                     index,
                     max_steps=settings.max_steps,
-                    tol=0.05,  # whether it exceeds 1 is the question
+                    tol=0.05,
                     ends=("max",),
+                    below=1.0,  # whether it exceeds 1 is the question
                 )
                 margin = run.lam_max
     scales: dict[str, Any] = {"phi": {}, "finite_scale": {}}

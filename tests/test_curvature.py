@@ -198,6 +198,17 @@ def test_vectors_go_on_in_pairs_only_where_that_pays() -> None:
     assert abs(apart.trace.value - float(H.trace())) <= 5 * apart.trace.stderr
 
 
+def test_lanczos_ends_where_the_bound_answers_the_question() -> None:
+    H = spectrum_matrix(torch.cat([torch.linspace(-0.3, 0.25, 397), torch.tensor([0.26, 0.27, 0.28])]))
+    start = lambda seed: streams.gaussian(block_of(400), seed, "lanczos")  # noqa: E731
+    whole = lanczos(matvec(H), start(0), ends=("max",), tol=1e-3)
+    early = lanczos(matvec(H), start(0), ends=("max",), tol=1e-3, below=1.0)
+    assert early.steps < whole.steps and early.lam_max.resolved and "below 1" in early.lam_max.note
+    assert early.lam_max.upper is not None and early.lam_max.value <= 0.28 <= early.lam_max.upper < 1.0
+    never = lanczos(matvec(H), start(0), ends=("max",), tol=1e-3, below=0.28)
+    assert never.steps == whole.steps and never.lam_max == whole.lam_max
+
+
 def test_a_rough_stand_in_saves_products_and_biases_nothing() -> None:
     H = spectrum_matrix(DECAY)
     oracle, blocks = _single(H)
