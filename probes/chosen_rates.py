@@ -42,17 +42,41 @@ class Rates:
     notes: list[str] = field(default_factory=list)
 
 
-def read(path: Path) -> dict[str, Any]:
-    """A trainer.toml, or that of a run folder."""
+TABLES = (
+    "rates",
+    "bound_by",
+    "intervals",
+    "limits",
+    "settings",
+    "source",
+)  # of a trainer.toml; see `probes.trainer_toml`
+
+
+def read(path: Path, option: str = "--lr") -> dict[str, Any]:
+    """A trainer.toml, or that of a run folder; UserError, naming ``option``, for what is not one."""
     file = path / "trainer.toml" if path.is_dir() else path
+    whole = "give the trainer.toml of a finished probe-smoothness run"
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
+        table = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(
-            f"--lr: {file} cannot be read ({error.strerror or error}): give auto, or the trainer.toml of a probe"
-        ) from None
+        raise UserError(f"{option}: {file} cannot be read ({error.strerror or error}): {whole}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"--lr: {file} is not a trainer.toml ({error})") from None
+        raise UserError(f"{option}: {file} is not a trainer.toml ({error}): {whole}") from None
+    for name, part in table.items():
+        if name not in TABLES:
+            raise UserError(f"{option}: {file} holds {name!r:.60}, which a trainer.toml does not: {whole}")
+        if not isinstance(part, dict):
+            raise UserError(f"{option}: {name} in {file} is a table, not {part!r:.60}: {whole}")
+    for name in ("rates", "limits"):
+        for key, value in table.get(name, {}).items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise UserError(f"{option}: {key} must be a positive number in {file}, not {value!r:.60}")
+    assumed = table.get("settings", {})
+    for key, least in (("mu", 0.0), ("q", 1), ("batch_size", 1), ("steps", 1)):
+        value = assumed.get(key, least or 1.0)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not max(least, 1e-300) <= value < math.inf:
+            raise UserError(f"{option}: {key} must be a positive number in {file}, not {value!r:.60}")
+    return table
 
 
 def moved(method: str) -> tuple[str, ...]:

@@ -3,8 +3,6 @@ given and a check fails."""
 
 from __future__ import annotations
 
-import math
-import tomllib
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from hybridtheory.errors import UserError
-from probes import rundir
+from probes import chosen_rates, rundir
 from probes.cli import probe_smoothness
 from probes.command import (
     MEASURE,
@@ -116,24 +114,12 @@ def from_toml(
     path: Path, lr_base: float | None, lr_peft: float | None, mu: float, q: int
 ) -> tuple[float | None, float | None, float, int, str]:
     """Rates, mu and q of a trainer.toml; rates given on the command line go before."""
-    try:
-        found: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(
-            f"--rates {path} cannot be read ({error.strerror}): give the trainer.toml of a probe-smoothness run"
-        ) from None
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(
-            f"--rates {path} is not TOML ({error}): give the trainer.toml of a probe-smoothness run"
-        ) from None
+    found = chosen_rates.read(path, "--rates")
     given, settings = found.get("rates", {}), found.get("settings", {})
     if not any(name in given for name in ("eta_base", "eta_peft")):
         raise UserError(
             f"--rates {path} holds no [rates] eta_base or eta_peft: give the trainer.toml of a finished probe-smoothness run"
         )
-    for name, value in given.items():
-        if not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise UserError(f"--rates {path}: {name} must be a positive number, not {value!r}")
     base = lr_base if lr_base is not None else given.get("eta_base")
     return (
         base,

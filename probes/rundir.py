@@ -140,6 +140,8 @@ class RunFolder:
         one.
         """
         target = self.path / name
+        if not target.resolve().is_relative_to(self.path.resolve()):
+            raise UserError(f"{name!r} lies outside the run folder {self.path}: nothing was written")
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f".partial-{target.name}")
         try:

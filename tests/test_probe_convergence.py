@@ -275,7 +275,7 @@ def test_ctrl_c_keeps_what_was_measured(made: dict[str, list[Record]], monkeypat
         (["--lr-base", "-1"], "--lr-base must be a positive number"),
         (["--method", "nonesuch"], "--method is one of"),
         (["--rates", "nowhere.toml"], "cannot be read"),
-        (["--rates", "broken.toml"], "is not TOML"),
+        (["--rates", "broken.toml"], "is not a trainer.toml"),
         (["--rates", "empty.toml"], "holds no [rates]"),
         (["--rates", "negative.toml"], "eta_base must be a positive number"),
         (["--mu", "nan"], "--mu is a positive number"),
