@@ -23,6 +23,7 @@ VECTORS, STEPS, INNER_STEPS, PAIRS, MARGIN = 24, 18, 12, 7, 12
 VALUES_PER_DIRECTION, DELTAS = 10, 6
 # A model too large to keep Lanczos's vectors: products and stand-ins (two values each) of its trace.
 LARGE_VECTORS, STAND_INS = 10, 48
+LANCZOS_VECTORS = 2.5  # of a block's size, that an iteration holds beside the graphs, one vector and one product
 
 
 @dataclass
@@ -141,13 +142,14 @@ def estimate(probe: Probe, meter: Meter) -> Cost:
         + s.run_steps * (gradient + value) / 2
     )
     largest = max(sum(t.numel() * t.element_size() for t in g.tensors) for g in groups)
+    basis = max((min(STEPS, s.max_steps) * 4 * g.numel for g in groups if g.group not in large), default=0)
     return Cost(
         "estimated",
         gradients,
         products,
         s.points * point_values + run_values,
         seconds,
-        max(held, peak(oracle)) + 4 * largest,
+        max(held, peak(oracle)) + round(LANCZOS_VECTORS * largest) + basis,
     )
 
 
