@@ -25,6 +25,7 @@ from probes.command import (
     follow,
     names,
     one_sentence,
+    opened,
     option,
     prepare,
     size_in_bytes,
@@ -146,12 +147,9 @@ def probe_smoothness(
         if curvature not in ("hessian", "ggn"):
             raise UserError(f"--curvature is hessian or ggn, not {curvature!r}")
         folder = choose_folder("smoothness", model, data, out, resume)
-        run = None if dry_run or doctor else stack.enter_context(rundir.RunFolder(folder, resume))
+        run = None if dry_run or doctor else opened(console, stack, folder, resume)
         if run is not None and rundir.finished(run.done):
-            console.print(Text(f"{folder} is finished already; its report is made again from its records."))
             return finish(console, run, [*run.done])
-        if run is not None and run.dropped:
-            console.print(Text(f"! {run.dropped}", style="yellow"))
         from probes import terminal
 
         with terminal.waiting(console, "loading model and data"):

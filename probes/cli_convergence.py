@@ -25,6 +25,7 @@ from probes.command import (
     follow,
     names,
     one_sentence,
+    opened,
     option,
     prepare,
     size_in_bytes,
@@ -76,13 +77,10 @@ def probe_convergence(
         if rates is not None:
             lr_base, lr_peft, mu, q, source = from_toml(rates, lr_base, lr_peft, mu, q)
         folder = choose_folder("convergence", options["model"], options["data"], out, options["resume"])
-        run = None if dry_run else stack.enter_context(rundir.RunFolder(folder, options["resume"]))
+        run = None if dry_run else opened(console, stack, folder, options["resume"])
         if run is not None and rundir.finished(run.done):
-            console.print(Text(f"{folder} is finished already; its report is made again from its records."))
             failed = finish(console, run, [*run.done])
             raise typer.Exit(FAILED if strict and failed else 0)
-        if run is not None and run.dropped:
-            console.print(Text(f"! {run.dropped}", style="yellow"))
         from probes import terminal
         from probes.convergence import Settings
 

@@ -23,6 +23,7 @@ from probes.command import (
     follow,
     names,
     one_sentence,
+    opened,
     option,
     quiet,
     with_options_of,
@@ -64,9 +65,8 @@ def probe_cost(
     with one_sentence(errors), ExitStack() as stack:
         check_numbers(seed=options["seed"], micro_batch=options["micro_batch"], alpha=options["alpha"], mu=1e-3)
         folder = choose_folder("cost", options["model"], options["data"], out, options["resume"])
-        run = None if dry_run else stack.enter_context(rundir.RunFolder(folder, options["resume"]))
+        run = None if dry_run else opened(console, stack, folder, options["resume"])
         if run is not None and rundir.finished(run.done):
-            console.print(Text(f"{folder} is finished already; its report is made again from its records."))
             return finish(console, run, [*run.done])
         from probes import terminal
 

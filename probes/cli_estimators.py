@@ -23,6 +23,7 @@ from probes.command import (
     follow,
     names,
     one_sentence,
+    opened,
     option,
     prepare,
     with_options_of,
@@ -76,12 +77,9 @@ def probe_estimators(
         check_numbers(seed=options["seed"], micro_batch=options["micro_batch"], alpha=options["alpha"], mu=1e-3)
         steps = None if mus is None else tuple(_positive(x) for x in mus.split(","))
         folder = choose_folder("estimators", options["model"], options["data"], out, options["resume"])
-        run = None if dry_run else stack.enter_context(rundir.RunFolder(folder, options["resume"]))
+        run = None if dry_run else opened(console, stack, folder, options["resume"])
         if run is not None and rundir.finished(run.done):
-            console.print(Text(f"{folder} is finished already; its report is made again from its records."))
             return finish(console, run, [*run.done])
-        if run is not None and run.dropped:
-            console.print(Text(f"! {run.dropped}", style="yellow"))
         from probes import terminal
 
         with terminal.waiting(console, "loading model and data"):

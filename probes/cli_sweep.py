@@ -17,7 +17,7 @@ from rich.text import Text
 
 from hybridtheory.errors import UserError
 from probes import rundir
-from probes.command import MACHINE, OUTPUT, command_line, one_sentence, option
+from probes.command import MACHINE, OUTPUT, command_line, one_sentence, opened, option
 from probes.records import End
 
 SWEEP, REGISTERED = "Sweep", "Predictions"
@@ -116,11 +116,8 @@ def hybrid_sweep(
         from probes.sweep import Pool, Sweep
 
         pool = Pool(n_jobs, backend, scheduler)
-        run = stack.enter_context(rundir.RunFolder(folder, resume))
-        if run.dropped:
-            console.print(Text(f"! {run.dropped}", style="yellow"))
+        run = opened(console, stack, folder, resume)
         if rundir.finished(run.done):
-            console.print(Text(f"{folder} is finished already; its report is made again from its records."))
             return _finish(console, run)
         from probes.provenance import provenance
 

@@ -13,7 +13,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -139,6 +139,16 @@ def choose_folder(probe: str, model: str | None, data: str | None, out: Path | N
     if found is None:
         raise UserError(f"--resume: there is no run of {model} on {data} under runs/: give its folder as --out")
     return found
+
+
+def opened(console: Console, stack: ExitStack, folder: Path, resume: bool) -> rundir.RunFolder:
+    """The run folder, closed with ``stack``; says what a user must know of what it already holds."""
+    run = stack.enter_context(rundir.RunFolder(folder, resume))
+    if rundir.finished(run.done):
+        console.print(Text(f"{folder} is finished already; its report is made again from its records."))
+    elif run.dropped:
+        console.print(Text(f"! {run.dropped}", style="yellow"))
+    return run
 
 
 def size_in_bytes(text: str | None) -> int | None:

@@ -15,7 +15,34 @@ from hybridtheory.theory.step_sizes import couple
 
 
 @dataclass
-class Softmax(Problem):
+class Regression(Problem):
+    """What every regression with a ridge knows of itself once it is made; ``_fit`` finds its minimiser."""
+
+    n: int = field(init=False)
+    d_y: int = field(init=False)
+    f_star: float = field(init=False)
+    minimiser: Array = field(init=False)
+    L_x: float = field(init=False)
+    L_y: float = field(init=False)
+    l_x: Law = field(init=False)
+    l_y: Law = field(init=False)
+    noise_sup: tuple[float, float] = field(init=False)
+
+    def _fit(self, d: int) -> None:
+        """Newton's method to the precision of the sum."""
+        self.minimiser = np.zeros(d)
+        for _ in range(100):
+            g = self.gradient(self.minimiser)
+            step = np.linalg.solve(self.hessian(self.minimiser), g)
+            # Damped: the pure step diverges from far away; 1/(1+sqrt(g's)) is the self-concordant choice.
+            self.minimiser = self.minimiser - step / (1 + math.sqrt(float(g @ step)))
+            if float(g @ step) < 1e-28:
+                break
+        self.f_star = float(self.value(self.minimiser))
+
+
+@dataclass
+class Softmax(Regression):
     """f_i(w) = logsumexp(W X_i) - (W X_i)_{y_i} + (ridge/2)‖w‖², W = w reshaped to [classes, p]; two classes are logistic.
 
     Assumptions: ridge > 0, so that a minimiser exists; the blocks are the first d_x entries of w and the rest.
@@ -28,15 +55,6 @@ class Softmax(Problem):
     classes: int
     d_x: int
     ridge: float
-    n: int = field(init=False)
-    f_star: float = field(init=False)
-    minimiser: Array = field(init=False)
-    d_y: int = field(init=False)
-    L_x: float = field(init=False)
-    L_y: float = field(init=False)
-    l_x: Law = field(init=False)
-    l_y: Law = field(init=False)
-    noise_sup: tuple[float, float] = field(init=False)
 
     def __post_init__(self) -> None:
         positive("softmax regression", ridge=self.ridge)
@@ -50,15 +68,7 @@ class Softmax(Problem):
         self.l_x = self.l_y = lambda u: L
         sup = 2 * float((self.X**2).sum(1).max())
         self.noise_sup = (sup, sup)
-        self.minimiser = np.zeros(self.classes * p)
-        for _ in range(100):
-            g = self.gradient(self.minimiser)
-            step = np.linalg.solve(self.hessian(self.minimiser), g)
-            # Damped: the pure step diverges from far away; 1/(1+sqrt(g's)) is the self-concordant choice.
-            self.minimiser = self.minimiser - step / (1 + math.sqrt(float(g @ step)))
-            if float(g @ step) < 1e-28:
-                break
-        self.f_star = float(self.value(self.minimiser))
+        self._fit(self.classes * p)
 
     def _logits(self, w: Array) -> Array:
         W = w.reshape(*w.shape[:-1], self.classes, -1)
@@ -104,7 +114,7 @@ def softmax(
 
 
 @dataclass
-class Logistic(Problem):
+class Logistic(Regression):
     """f_i(w) = log(1 + exp(-s_i a_i'w)) + (ridge/2)‖w‖², s_i = ±1: Hess f_i <= ‖a_i‖²/4 + ridge.
 
     L_x, L_y use the blocks' own row norms and the coupling correction (A = max‖a_ix‖²/4, B, C = max‖a_ix‖‖a_iy‖/4), so that
@@ -115,15 +125,6 @@ class Logistic(Problem):
     s: Array  # [n], +-1
     d_x: int
     ridge: float
-    n: int = field(init=False)
-    d_y: int = field(init=False)
-    f_star: float = field(init=False)
-    minimiser: Array = field(init=False)
-    L_x: float = field(init=False)
-    L_y: float = field(init=False)
-    l_x: Law = field(init=False)
-    l_y: Law = field(init=False)
-    noise_sup: tuple[float, float] = field(init=False)
 
     def __post_init__(self) -> None:
         positive("logistic regression", ridge=self.ridge)
@@ -137,14 +138,7 @@ class Logistic(Problem):
         self.L_x, self.L_y = L_x, L_y
         self.l_x, self.l_y = lambda u: L_x, lambda u: L_y
         self.noise_sup = (float(x.mean()), float(y.mean()))
-        self.minimiser = np.zeros(d)
-        for _ in range(100):
-            g = self.gradient(self.minimiser)
-            step = np.linalg.solve(self.hessian(self.minimiser), g)
-            self.minimiser = self.minimiser - step / (1 + math.sqrt(float(g @ step)))
-            if float(g @ step) < 1e-28:
-                break
-        self.f_star = float(self.value(self.minimiser))
+        self._fit(d)
 
     def values(self, w: Array) -> Array:
         out: Array = np.logaddexp(0.0, -self.s * (w @ self.A.T)) + self.ridge / 2 * (w**2).sum(-1)[..., None]
