@@ -63,10 +63,11 @@ def _per_draw(source: Source, group: Block, seed: int) -> float:
 
 
 def _alone(call: Callable[[], object]) -> float:
-    """Seconds of a call on one thread, divided by how many run side by side."""
+    """Seconds of a call on one thread, divided by how many run side by side; of the second, since the first one also plans."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
+        call()
         return timed(call) / threads
     finally:
         torch.set_num_threads(threads)

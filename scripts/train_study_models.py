@@ -1,0 +1,112 @@
+"""Train the two other architectures of the learning-rate study on the film snippets that ship with the package: one core, minutes each.
+
+    python scripts/train_study_models.py            # studies/models/opt-relu and studies/models/llama
+
+Text: the train split of the embedded sentiment task, with its tokenizer; a quarter of the snippets ends in the task's prompt and a label
+word drawn by coin, as for the embedded model (`scripts/train_embedded.py`). Dev loss is printed; nothing is chosen by it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+import time
+from pathlib import Path
+
+import torch
+from torch.nn.functional import cross_entropy
+from train_embedded import ANSWERS, DATA, LENGTH, PROMPT, film, loss_of, packed, unigram_loss
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+
+SEED = 0
+CARD = """---
+license: apache-2.0
+library_name: transformers
+---
+# {name}: a model of the learning-rate study
+
+{what}, {parameters:,} parameters (float32), trained by hybridtheory (`scripts/train_study_models.py`) on {tokens:,} tokens of the film
+snippets' train split (MIT, copyright (c) 2014 cjhutto, see `probes/data/sentiment/LICENSE`) with the embedded model's tokenizer, about
+{minutes:.0f} minutes of one core. It exists to be measured.
+
+Loss on the film snippets, nats a token: dev {dev:.3f}, test {test:.3f}; a unigram model on the same test tokens {unigram:.3f}.
+Weights: Apache-2.0.
+"""
+
+
+def models(vocabulary: int, **special: int) -> dict[str, tuple[str, torch.nn.Module]]:
+    """name -> (what it is, a fresh model)"""
+    opt = OPTConfig(
+        vocab_size=vocabulary, hidden_size=96, word_embed_proj_dim=96, num_hidden_layers=4, ffn_dim=384, num_attention_heads=4,
+        max_position_embeddings=LENGTH, activation_function="relu", dropout=0.0, attention_dropout=0.0, **special,
+    )  # fmt: skip
+    llama = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=96, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
+        max_position_embeddings=LENGTH, tie_word_embeddings=True, **special,
+    )  # fmt: skip
+    return {
+        "opt-relu": ("An OPT with ReLU, 4 layers of width 96", OPTForCausalLM(opt)),
+        "llama": ("A Llama with SiLU gates and rotary positions, 4 layers of width 96", LlamaForCausalLM(llama)),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "studies" / "models")
+    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--rows", type=int, default=16, help=f"rows of {LENGTH} tokens a step")
+    parser.add_argument("--lr", type=float, default=3e-3)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    tokenizer = AutoTokenizer.from_pretrained(DATA / "embedded")
+    tokens = {split: tokenizer(film(split))["input_ids"] for split in ("train", "dev", "test")}
+    answers = [tokenizer(PROMPT + answer, add_special_tokens=False)["input_ids"] for answer in ANSWERS]
+    unigram = unigram_loss(tokens["train"], tokens["test"])
+    special = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    torch.manual_seed(SEED)
+    for name, (what, model) in models(len(tokenizer), **special).items():
+        rng = random.Random(SEED)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.1)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda t: min((t + 1) / 50, 0.02 + 0.98 * (1 + math.cos(math.pi * t / args.steps)) / 2)
+        )
+        pool: list[list[int]] = []
+        start = time.process_time()
+        for step in range(1, args.steps + 1):
+            rows = []
+            for _ in range(args.rows):
+                if not pool:
+                    pool = packed(tokens["train"], answers, rng)
+                    rng.shuffle(pool)
+                rows.append(pool.pop())
+            ids = torch.tensor(rows)  # (rows, LENGTH + 1)
+            loss = cross_entropy(model(ids[:, :-1]).logits.flatten(0, 1), ids[:, 1:].flatten())
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            if step % 200 == 0:
+                print(
+                    f"{name}, step {step}: batch {loss.item():.3f}, {(time.process_time() - start) / 60:.1f} min",
+                    flush=True,
+                )
+        losses = {split: loss_of(model, tokens[split], tokenizer.pad_token_id) for split in ("dev", "test")}
+        folder = args.out / name
+        model.eval().save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        card = CARD.format(
+            name=name, what=what, parameters=sum(p.numel() for p in model.parameters()), tokens=args.steps * args.rows * LENGTH,
+            minutes=(time.process_time() - start) / 60, unigram=unigram, **losses,
+        )  # fmt: skip
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        print(f"{name}: {losses}, unigram {unigram:.3f}")
+
+
+if __name__ == "__main__":
+    main()
