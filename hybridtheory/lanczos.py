@@ -143,9 +143,13 @@ def lanczos(
             rival = -1 - _wanted(theta, ends)[0]
             enough = enough and abs(theta[rival]) + errors[rival] <= (1 + tol) * spread
         agreed = agreed + 1 if enough else 0
-        bounded = _outer(end_excess(d, k + 1, failure, mixed)) <= bound
-        decided = theta[-1] + _outer(end_excess(d, k + 1, failure, mixed)) * (theta[-1] - theta[0]) < below
-        if exhausted or ((decided or (agreed >= 2 and bounded)) and k + 1 >= min_steps) or k + 1 == steps_allowed:
+        beyond = _outer(end_excess(d, k + 1, failure, mixed))
+        decided = math.isfinite(beyond) and theta[-1] + beyond * (theta[-1] - theta[0]) < below
+        if (
+            exhausted
+            or ((decided or (agreed >= 2 and beyond <= bound)) and k + 1 >= min_steps)
+            or k + 1 == steps_allowed
+        ):
             break
         betas.append(beta)
         previous, q = q, scale_(w, 1 / beta)
