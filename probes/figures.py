@@ -32,7 +32,7 @@ BLUE, ORANGE, GREEN, RED, PINK = sns.color_palette("colorblind", 5)
 GREY = "0.45"
 MOVES = {"gradient": ("o", BLUE), "trajectory": ("P", GREEN), "random": ("s", ORANGE), "joint": ("^", PINK)}
 RULES = {"worst_case": "worst case\n(dimension)", "measured": "measured\n(trace)", "noise_limited": "noise-limited"}
-RULES |= {"finite_scale": "finite scale\n(forward passes)"}
+RULES |= {"finite_scale": "finite scale\n(forward passes)", "tail": "tail of a step"}
 WHERE = (("white", "first point"), ("black", "whole run"))
 MOST_PANELS = 12
 

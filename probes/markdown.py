@@ -20,6 +20,7 @@ RULE_NAMES = {
     "worst_case": "worst case (dimension)",
     "measured": "measured curvature (trace)",
     "noise_limited": "noise-limited (square root)",
+    "tail": "tail of a step (compared, not recommended)",
     "finite_scale": "finite-scale (forward passes)",
 }
 GROUP_NAMES = {"base": "η base", "peft": "η PEFT", "ratio": "ratio PEFT/base"}

@@ -9,13 +9,15 @@ from typing import Any
 
 from hybridtheory.errors import UserError
 from hybridtheory.estimate import Estimate
+from hybridtheory.theory import finite_scale as finite
 from hybridtheory.theory import recommend, stability, step_sizes
 from hybridtheory.theory.step_sizes import Step
 from probes.records import BlockPoint, Interval, Point, Rate, Rates, Recommendation
 
 # A rule gives a step for the base, a step for the adapter, or the reason why it cannot.
 Given = Step | str
-RULES = ("worst_case", "measured", "noise_limited", "finite_scale")
+RULES = ("worst_case", "measured", "noise_limited", "finite_scale", "tail")
+NO_TAIL = "a first-order step has no random tail"
 PAIRED = "the ends combine as if both were off in the least favourable way"
 
 
@@ -115,6 +117,8 @@ def _rule(
     limits = coupled(point)
     if rule == "finite_scale":
         return {g: _finite_scale(point, g) for g in sizes}
+    if rule == "tail":
+        return {g: _tail(point, steps, batch_size, q) if g == "base" else NO_TAIL for g in sizes}
     if limits is None:
         return dict.fromkeys(sizes, "Lanczos ran too short for an upper bound on the spectrum: raise --max-steps")
     made: dict[str, Given] = {}
@@ -200,6 +204,34 @@ def _finite_scale(point: Point, group: str) -> Given:
         covers,
         note=found.note,
     )
+
+
+def _tail(point: Point, steps: int, batch_size: int, q: int) -> Given:
+    """None of the planned steps leaves the distance up to which phi is quadratic, with probability 0.9. Compared, not recommended."""
+    phi, x = point.phi.get("base"), point.blocks["base"]
+    if phi is None or x.grad_norm == 0:
+        return "phi(delta) or the gradient was not measured at this point"
+    # Below the first rung that is resolved the curve says nothing, and nothing can be compared with it.
+    first = next((i for i, (m, s) in enumerate(zip(phi.mean, phi.stderr, strict=True)) if 2 * s <= abs(m)), None)
+    if first is None or first + 2 > len(phi.delta):
+        return "phi(delta) was not resolved at two displacements at least"
+    deltas, mean = phi.delta[first:], phi.mean[first:]
+    found = _attempt_scale(deltas, mean)
+    if isinstance(found, str):
+        return found
+    scale, reached = found
+    noise = x.noise.value / batch_size if x.noise is not None and math.isfinite(x.noise.value) else 0.0
+    step = _attempt(finite.tail_limited, scale, x.grad_norm**2, steps, 0.1, noise, q)
+    if isinstance(step, str) or reached:
+        return step
+    return replace(step, note=f"{step.note}; phi stays quadratic as far as it was measured, so the rate may be larger")
+
+
+def _attempt_scale(deltas: list[float], mean: list[float]) -> tuple[float, bool] | str:
+    try:
+        return finite.flat_scale(deltas, [mean] * 2, [mean] * 2)  # the curve of the mean: its directions are not kept
+    except UserError as error:
+        return str(error)
 
 
 def _attempt(rule: Callable[..., Step], *args: Any) -> Given:

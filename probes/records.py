@@ -335,7 +335,7 @@ class Fit:
 class Rates:
     """What one rule recommends, at the first point or as the envelope over the run (curvature grows along it)."""
 
-    rule: Literal["worst_case", "measured", "noise_limited", "finite_scale"]
+    rule: Literal["worst_case", "measured", "noise_limited", "finite_scale", "tail"]
     where: Literal["first", "envelope"]
     base: Rate | None
     peft: Rate | None

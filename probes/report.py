@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 T = TypeVar("T")
-RULES = ("worst_case", "measured", "noise_limited", "finite_scale")
+RULES = ("worst_case", "measured", "noise_limited", "finite_scale", "tail")
 GROUPS = ("base", "peft", "ratio")
 
 

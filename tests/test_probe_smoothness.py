@@ -124,6 +124,7 @@ def test_lora_model_by_layers() -> None:
         "measured",
         "noise_limited",
         "finite_scale",
+        "tail",
     }
     found = next(r for r in records if isinstance(r, Recommendation))
     assert found.base and found.peft and found.ratio and found.base.value and found.peft.value
