@@ -106,7 +106,7 @@ class Differences(Products):
         return scale_(add_(plus, minus, -1.0), 0.5 / h)
 
     def _gradient(self, i: int, wanted: list[Tensor]) -> Tensors:
-        if i == 0:
+        if i == self.oracle.ranks.rank:  # the first that is computed here
             self.oracle.calls["gradient"] += 1
         with requires_grad(self.oracle.model, wanted):
             loss = self.oracle.loss(self.oracle.batches[i]) / self.oracle.total_weight
@@ -147,14 +147,18 @@ class Differences(Products):
     def gradient(self, *blocks: Block) -> Tensors:
         """Of the whole loss on the blocks' tensors."""
         total: Tensors = []
-        for i in range(len(self.oracle.batches)):
+        for i in self._own():
             part = self._gradient(i, [t for b in blocks for t in b.tensors])
             total = add_(total, part) if total else part
-        return total
+        return self.oracle.ranks.add_(total)
+
+    def _own(self) -> list[int]:
+        return [i for i in range(len(self.oracle.batches)) if self.oracle.ranks.mine(i)]
 
     def _parts(self, v: Tensors, blocks: Sequence[Block], rows: list[int], h: float) -> list[float]:
         wanted = [self._tensors[r] for r in rows]
-        return [dot(v, self._quotient(i, v, rows, wanted, h)) for i in range(len(self.oracle.batches))]
+        own = [[dot(v, self._quotient(i, v, rows, wanted, h))] for i in self._own()]
+        return [part for (part,) in self.oracle.ranks.join(own, len(self.oracle.batches))]
 
 
 def radius(

@@ -171,6 +171,7 @@ def traces(
     finer = Extrapolated(hess, hess.form(first, blocks).share)
     found = exact.traces(finer, blocks, seed, index=index, beside=alone.beside if alone else None, **options)
     kept = np.array([np.sum(list(parts.values()), axis=0) for parts in finer.kept.values()])  # (pilots, steps, tensors)
+    kept = np.array(hess.oracle.ranks.sum(*kept.ravel())).reshape(kept.shape)
     places = np.cumsum([len(b.tensors) for b in blocks])[:-1]
     result = {}
     for b, own in zip(blocks, np.split(kept, places, axis=2), strict=True):

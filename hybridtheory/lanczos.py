@@ -257,14 +257,16 @@ def spectrum(
     if warm is not None:
         start = add_(scale_(start, 1 / norm(start)), warm, 1 / norm(warm))
     forms: list[list[float]] = []
+    ranks = hess.oracle.ranks
 
     def matvec(v: Tensors) -> Tensors:
         total: Tensors = []
-        forms.append([])
+        own: list[list[float]] = []
         for _, (hv,) in hess.each([v], block):
-            forms[-1].append(dot(v, hv))
+            own.append([dot(v, hv)])
             total = add_(total, hv) if total else hv
-        return total
+        forms.append([form for (form,) in ranks.join(own, len(hess.oracle.batches))])
+        return ranks.add_(total)
 
     run = lanczos(matvec, start, mixed=warm is not None, **options)
     whole = len({len(parts) for parts in forms}) == 1  # not where memory ran out midway and the micro-batches changed

@@ -25,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from hybridtheory import memory
 from hybridtheory.blocks import Block, split
 from hybridtheory.errors import UserError
+from hybridtheory.ranks import ALONE, Ranks
 from hybridtheory.vectors import Tensors, add_, zeros
 
 Batch = Any
@@ -102,8 +103,12 @@ class Oracle:
         curvature: str = "hessian",
         memory_limit: int | None = None,
         engine: str = "exact",
+        ranks: Ranks = ALONE,
     ) -> None:
-        """``engine``: "exact" (double backward), "difference" (of gradients; `difference`) or "forward" (values only)."""
+        """``engine``: "exact" (double backward), "difference" (of gradients; `difference`) or "forward" (values only).
+
+        ``ranks``: the processes that share the micro-batches, of which every one is given all; sums are the whole objective's.
+        """
         if engine not in ENGINES:
             raise UserError(f"an oracle's engine is one of {', '.join(ENGINES)}, not {engine!r}")
         if engine != "exact" and curvature != "hessian":
@@ -113,6 +118,11 @@ class Oracle:
             raise UserError("there is no data to measure on: the list of batches is empty")
         if curvature not in ("hessian", "ggn"):
             raise UserError(f"curvature is 'hessian' or 'ggn', not {curvature!r}")
+        if len(batches) < ranks.size:
+            raise UserError(
+                f"{len(batches)} micro-batches cannot be shared by {ranks.size} processes: lower --micro-batch or start fewer"
+            )
+        self.ranks = ranks
         self.model, self.objective, self.batches, self.blocks = model, objective, list(batches), list(blocks)
         self.curvature = curvature
         self.memory_limit = memory_limit
@@ -141,23 +151,32 @@ class Oracle:
     def value(self, rows: Sequence[int] | None = None) -> float:
         """f, or its part over the micro-batches ``rows``; accumulated in float64."""
         picked = list(range(len(self.batches)) if rows is None else rows)
-        total, weight = 0.0, 0.0
-        for loss, share in self._each(picked, lambda batch: float(self.loss(batch).double())):
-            total, weight = total + loss, weight + share
+        weight = sum(self.weights[i] for i in picked)
+        total = 0.0
+        for loss, _ in self._each(self._own(picked), lambda batch: float(self.loss(batch).double())):
+            total += loss
+        (total,) = self.ranks.sum(total)
         self.calls["value"] += 1
         return total / weight
+
+    def _own(self, picked: Sequence[int]) -> list[int]:
+        return [i for i in picked if self.ranks.mine(i)]
 
     def gradient(self, *blocks: Block, rows: Sequence[int] | None = None) -> list[Tensors]:
         """One list of tensors per block, accumulated exactly over the micro-batches (or over those in ``rows``)."""
         total: list[Tensors] = []
         for _, _, part in self.gradients(*blocks, rows=rows):
             total = [add_(t, p) for t, p in zip(total, part, strict=True)] if total else part
-        return total
+        if not total:  # none of ``rows`` is computed here
+            total = [zeros(b.tensors) for b in blocks or self.blocks]
+        return [self.ranks.add_(t) for t in total]
 
     def gradients(
         self, *blocks: Block, rows: Sequence[int] | None = None
     ) -> Iterator[tuple[float, float, list[Tensors]]]:
-        """Per micro-batch: its weight's share s_b, its mean loss, and s_b times its gradient per block (they sum to the gradient)."""
+        """Per micro-batch of this process: its weight's share s_b, its mean loss, and s_b times its gradient per block (over all
+        processes they sum to the gradient).
+        """
         if self.engine == "forward":
             raise UserError("a gradient was asked for, and --engine forward takes none: choose --engine difference")
         blocks = blocks or tuple(self.blocks)
@@ -171,7 +190,7 @@ class Oracle:
                 return float(loss.detach()), self.differentiate(loss / weight, tensors)
 
         with _requires_grad(self.model, tensors):
-            for (loss, flat), own in self._each(picked, one):
+            for (loss, flat), own in self._each(self._own(picked), one):
                 yield own / weight, loss / own, split(flat, blocks)
         self.calls["gradient"] += 1
 
@@ -208,6 +227,11 @@ class Oracle:
         """Cut micro-batch i in two where it stands: less memory, the same sums. Re-raises what is not for want of memory."""
         if not memory.exhausted(error):
             raise error
+        if self.ranks.size > 1:
+            raise UserError(
+                f"out of memory on rank {self.ranks.rank}: processes that share an objective cannot halve a micro-batch alone; "
+                f"give a smaller --micro-batch (the numbers stay the same)"
+            ) from error
         rows = rows_in(self.batches[i])
         if rows < 2:
             raise UserError(
@@ -279,18 +303,21 @@ class Products:
         totals: list[Tensors] = [[] for _ in vectors]
         for _, hvs in self.each(vectors, inp, out):
             totals = [add_(t, hv) if t else hv for t, hv in zip(totals, hvs, strict=True)]
-        return totals
+        return [self.oracle.ranks.add_(t) for t in totals]
 
     def each(
         self, vectors: Sequence[Tensors], inp: Blocks = None, out: Blocks = None
-    ) -> Iterator[tuple[float, list[Tensors]]]:
-        """Per micro-batch: its share s_b of the weight, and s_b H_b v for every vector (they sum to H v)."""
+    ) -> Iterator[tuple[int, list[Tensors]]]:
+        """Per micro-batch of this process: its number, and s_b H_b v for every vector (over all processes they sum to H v)."""
         inputs = _listed(inp) or self.blocks
         outputs = _listed(out) or inputs
         rows = [self._slot[id(t)] for b in inputs for t in b.tensors]
         wanted = [t for b in outputs for t in b.tensors]
         i = 0
         while i < len(self.oracle.batches):
+            if not self.oracle.ranks.mine(i):
+                i += 1
+                continue
             try:
                 product = self._product(i)
                 results = [product(v, rows, wanted) for v in vectors]
@@ -300,7 +327,7 @@ class Products:
                 self.oracle.halve(i, error)
                 continue
             del product
-            yield self.oracle.weights[i] / self.oracle.total_weight, results
+            yield i, results
             i += 1
         self.oracle.calls["product"] += len(vectors)
         self.oracle.calls[f"product:{'+'.join(sorted({b.group for b in inputs}))}"] += len(vectors)

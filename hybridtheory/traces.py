@@ -69,6 +69,7 @@ def traces(
     standard error ``tol`` for every block (capped by ``max_vectors``); then all of them are averaged. "Not resolved" means a standard
     error above a third of the value.
     """
+    ranks = hess.oracle.ranks
     flips = {b.name: flipped(b) for b in blocks}
     unit = 2 if any(any(f) for f in flips.values()) else 1  # products in an independent sample
     samples: dict[str, list[list[float]]] = {b.name: [] for b in blocks}
@@ -99,16 +100,18 @@ def traces(
             size = min(chunk, until - count)
             per_block = [[probe(b, count + j, paired) for b in blocks] for j in range(size)]
             vectors = [[t for part in z for t in part] for z in per_block]
-            forms: list[list[list[float]]] = [[[] for _ in blocks] for _ in range(size)]
+            rows: list[list[float]] = []  # per micro-batch of this process: z'H_i z, every block of every vector
             totals: list[Tensors] = [[] for _ in range(size)]
             for _, hvs in hess.each(vectors, blocks):
+                rows.append([])
                 for j, hv in enumerate(hvs):
-                    for i, (part, z) in enumerate(zip(split(hv, blocks), per_block[j], strict=True)):
-                        forms[j][i].append(dot(z, part))
+                    rows[-1] += [dot(z, part) for part, z in zip(split(hv, blocks), per_block[j], strict=True)]
                     totals[j] = add_(totals[j], hv) if totals[j] else hv
+            forms = ranks.join(rows, len(hess.oracle.batches))
+            totals = [ranks.add_(t) for t in totals]
             for j in range(size):
                 for i, (block, part) in enumerate(zip(blocks, split(totals[j], blocks), strict=True)):
-                    samples[block.name].append(forms[j][i])
+                    samples[block.name].append([row[j * len(blocks) + i] for row in forms])
                     squares[block.name].append(dot(part, part))
             count += size
 

@@ -8,6 +8,7 @@ the hybrid paper's theorem: every row once an epoch, a new permutation each) or 
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -20,6 +21,7 @@ from hybridtheory.estimators.streams import Key, numpy_generator
 from hybridtheory.estimators.zo_gradient import NonFiniteLoss
 from hybridtheory.optimizers.base import ZeroOrder
 from hybridtheory.oracle import Objective, microbatches
+from hybridtheory.ranks import ALONE, Ranks, checksum
 
 
 class Sink(Protocol):
@@ -41,23 +43,27 @@ class Outcome:
     reason: str = ""
 
 
-def closure_of(model: nn.Module, objective: Objective, batches: Sequence[Any]) -> Callable[..., Tensor]:
-    """closure(backward=False) -> mean loss of one minibatch that is given in micro-batches, weighted as `Oracle` weighs them."""
+def closure_of(
+    model: nn.Module, objective: Objective, batches: Sequence[Any], ranks: Ranks = ALONE
+) -> Callable[..., Tensor]:
+    """closure(backward=False) -> mean loss of one minibatch that is given in micro-batches, weighted as `Oracle` weighs them, and
+    shared by the processes of ``ranks``.
+    """
     total = sum(objective.weight(b) for b in batches)
+    own = [b for i, b in enumerate(batches) if ranks.mine(i)]
 
-    def closure(backward: bool = False) -> Tensor:
+    def closure(backward: bool = False) -> Tensor | None:
         loss = None
-        for batch in batches:
+        for batch in own:
             part = objective.loss(objective.forward(model, batch), batch) / total
             if backward:
                 part.backward()
             if torch.is_grad_enabled():
                 part = part.detach()  # not otherwise: a forward derivative must stay on the loss
             loss = part if loss is None else loss + part
-        assert loss is not None
         return loss
 
-    return closure
+    return ranks.closure(closure, model) if ranks.size > 1 else closure  # type: ignore[return-value]
 
 
 def permutation(n: int, seed: int, epoch: int, purpose: str = "") -> list[int]:
@@ -108,12 +114,14 @@ def train(
     ceiling: float | None = None,
     patience: int = 5,
     lower_rows: Sequence[Any] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Outcome:
     """Run up to step ``steps`` (counted from the start of the run: a loaded optimizer goes on where it stopped).
 
     batch       rows of a minibatch; ``accumulate`` minibatches make one step (each with directions of its own).
     micro       rows of a forward pass (None: the whole minibatch); changes memory and nothing else beyond rounding.
     ceiling     the run has diverged when the loss is above it ``patience`` times in a row; None: twice the first loss, plus 1.
+    ranks       processes that share every minibatch: slopes, directions and weights are the same on all, which each step checks.
     lower_rows  what the inner steps of a bilevel method draw their minibatches from (None: ``rows``), in an order of its own.
     The model stays in the mode (train or eval) that it is in. Parameters are those before the step that failed when the outcome
     is "not finite".
@@ -133,7 +141,9 @@ def train(
 
     def closure_on(source: Sequence[Any], chosen: list[int]) -> Callable[..., Tensor]:
         whole = collate([source[i] for i in chosen])
-        return closure_of(model, objective, [whole] if micro is None else microbatches(whole, micro))
+        most = len(chosen) if micro is None else micro
+        size = min(most, -(-len(chosen) // ranks.size))
+        return closure_of(model, objective, [whole] if size == len(chosen) else microbatches(whole, size), ranks)
 
     while optimizer.steps < steps:
         step = optimizer.steps
@@ -150,6 +160,9 @@ def train(
                     loss = float(optimizer.step(closure, lower=lower) if lower else optimizer.step(closure))
             except NonFiniteLoss as error:
                 return Outcome("not finite", step, str(error))
+        if ranks.size > 1:
+            slopes = [struct.unpack("<q", struct.pack("<d", s))[0] for zo in optimizer.measured for s in zo.slopes]
+            ranks.agree(f"step {step}", checksum(list(model.parameters())), sum(slopes) % (1 << 64))
         if scheduler is not None:
             scheduler.step()
         if limit is None:

@@ -101,11 +101,15 @@ class GradientPass:
         total: list[Tensors] = []
         spread: list[list[float]] = []
         shares: list[float] = []
+        own: list[list[float]] = []
         for share, value, parts in oracle.gradients(*blocks):
+            own.append([share, value, *(dot(p, p) / share for p in parts)])
+            total = [add_(t, p) for t, p in zip(total, parts, strict=True)] if total else parts
+        total = [oracle.ranks.add_(t) for t in total]
+        for share, value, *squares in oracle.ranks.join(own, len(oracle.batches)):
             loss += share * value
             shares.append(share)
-            spread.append([dot(p, p) / share for p in parts])
-            total = [add_(t, p) for t, p in zip(total, parts, strict=True)] if total else parts
+            spread.append(squares)
         m = len(shares)
         noise = []
         for i, g in enumerate(total):

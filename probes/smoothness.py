@@ -187,7 +187,10 @@ class Walk:
         for _ in range(self.HALVINGS):
             before = {b.name: clone(b.tensors) for b in self.groups}
             eta = {g["block"].name: float(g["lr"]) for g in self.optimizer.param_groups}
-            self.optimizer.step(self._closure)
+            ranks = self.probe.oracle.ranks
+            self.optimizer.step(
+                ranks.closure(self._closure, self.probe.task.model) if ranks.size > 1 else self._closure
+            )
             after = self.probe.oracle.value()
             # Equal to rounding is a standstill, not a rise.
             if after <= self.loss + 1e-6 * abs(self.loss):
@@ -232,7 +235,7 @@ class Walk:
     def _closure(self, backward: bool = False) -> Tensor:
         oracle = self.probe.oracle
         total = torch.zeros((), dtype=torch.float64)
-        for batch in oracle.batches:
+        for batch in (b for i, b in enumerate(oracle.batches) if oracle.ranks.mine(i)):
             loss = oracle.loss(batch) / oracle.total_weight
             if backward:
                 loss.backward()

@@ -31,10 +31,14 @@ class Here:
     def of(oracle: Oracle, groups: list[Block]) -> Here:
         loss, total = 0.0, [[] for _ in groups]  # type: float, list[Tensors]
         spread = [0.0] * len(groups)
+        own: list[list[float]] = []
         for share, value, parts in oracle.gradients(*groups):
-            loss += share * value
-            spread = [s + dot(p, p) / share for s, p in zip(spread, parts, strict=True)]
+            own.append([share * value, *(dot(p, p) / share for p in parts)])
             total = [add_(t, p) if t else p for t, p in zip(total, parts, strict=True)]
+        total = [oracle.ranks.add_(t) for t in total]
+        for part, *squared in oracle.ranks.join(own, len(oracle.batches)):
+            loss += part
+            spread = [s + x for s, x in zip(spread, squared, strict=True)]
         names = [b.group for b in groups]
         squares = {n: dot(g, g) for n, g in zip(names, total, strict=True)}
         noise = {n: max(s - squares[n], 0.0) for n, s in zip(names, spread, strict=True)}
@@ -117,11 +121,11 @@ class Walker:
     def _closure(self, rows: list[int] | None) -> Callable[..., Tensor]:
         """Mean loss over micro-batches `rows` (None: all). Minibatches of a finite sum weigh alike, whatever they hold."""
         oracle = self.oracle
-        picked = [(b, oracle.total_weight) for b in oracle.batches]
+        picked = [(b, oracle.total_weight) for i, b in enumerate(oracle.batches) if oracle.ranks.mine(i)]
         if rows is not None:
-            picked = [(oracle.batches[i], oracle.weights[i]) for i in rows]
+            picked = [(oracle.batches[i], oracle.weights[i]) for i in rows if oracle.ranks.mine(i)]
 
-        def closure(backward: bool = False) -> Tensor:
+        def closure(backward: bool = False) -> Tensor | None:
             total = None
             for batch, weight in picked:
                 loss = oracle.loss(batch) / weight
@@ -130,7 +134,6 @@ class Walker:
                 # float64 sums; a forward derivative must stay on the loss, so it is not detached outside a backward pass
                 part = loss.detach().double() if backward else loss.double()
                 total = part if total is None else total + part
-            assert total is not None
             return total
 
-        return closure
+        return oracle.ranks.closure(closure, oracle.model) if oracle.ranks.size > 1 else closure  # type: ignore[return-value]

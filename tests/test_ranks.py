@@ -1,0 +1,180 @@
+"""Processes that share an objective give the numbers of one, hold the same bits, and stop in one sentence when they do not."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import distributed as dist
+from torch import multiprocessing as mp
+
+from hybridtheory.curvature import coupling, spectrum, traces
+from hybridtheory.errors import UserError
+from hybridtheory.optimizers import build
+from hybridtheory.oracle import Oracle, microbatches
+from hybridtheory.ranks import ALONE, Ranks, checksum
+from hybridtheory.training import closure_of, train
+from tests.toys import NextToken, is_lora, language_model, tokens, with_lora
+
+ROWS, LENGTH = 6, 8
+
+
+def start(rank: int, size: int, work: Callable[..., Any], folder: str, arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size, timeout=timedelta(seconds=20)
+    )
+    try:
+        torch.save(work(Ranks(rank, size), *arguments), f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def together(size: int, folder: Path, work: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What ``work(ranks, ...)`` returns in each of ``size`` processes."""
+    folder.mkdir()
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    mp.spawn(start, (size, work, str(folder), arguments), nprocs=size)
+    return [torch.load(folder / f"{r}.pt", weights_only=False) for r in range(size)]
+
+
+def oracle_of(ranks: Ranks) -> tuple[Oracle, list[Any]]:
+    from hybridtheory.blocks import partition
+
+    model = with_lora(language_model("gpt2", torch.float64, 1, 8))
+    blocks = partition(model, peft=is_lora)
+    return Oracle(model, NextToken(), microbatches(tokens(ROWS, LENGTH, ragged=True), 1), blocks, ranks=ranks), blocks
+
+
+def measured(ranks: Ranks) -> dict[str, Any]:
+    oracle, (base, peft) = oracle_of(ranks)
+    found: dict[str, Any] = {"value": oracle.value(), "part": oracle.value([0, 3])}
+    before = ranks.sent
+    found["gradient"] = [t.numpy() for g in oracle.gradient() for t in g]
+    found["sent by a gradient"] = ranks.sent - before
+    with oracle.products() as hess:
+        run = spectrum(hess, base, 0, tol=1e-6)
+        found["ends"] = (run.lam_max.value, run.lam_min.value)
+        found["trace"] = traces(hess, [base], 0, max_vectors=8)["base"].trace.value
+        found["forms"] = traces(hess, [peft], 0, max_vectors=8)["peft"].forms
+        found["coupling"] = coupling(hess, [base], [peft], 0).value
+        v = [torch.ones_like(t) for t in peft.tensors]
+        before = ranks.sent
+        hess(v, peft, base)
+        found["sent by a product"] = ranks.sent - before
+    found["numbers"] = [sum(t.numel() for t in b.tensors) for b in (base, peft)]
+    return found
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_numbers_are_those_of_one_process(size: int, tmp_path: Path) -> None:
+    alone = measured(ALONE)
+    for found in together(size, tmp_path / "run", measured):
+        for name in ("value", "part", "trace", "coupling", "ends"):
+            assert found[name] == pytest.approx(alone[name], rel=1e-8), name
+        scale = abs(alone["ends"][1])
+        np.testing.assert_allclose(found["forms"], alone["forms"], atol=1e-8 * scale)
+        for mine, theirs in zip(alone["gradient"], found["gradient"], strict=True):
+            np.testing.assert_allclose(theirs, mine, atol=1e-12)
+        # docs/scaling.md: what is asked for, once, whatever the number of processes
+        assert found["sent by a gradient"] == 8 * sum(alone["numbers"])
+        assert found["sent by a product"] == 8 * alone["numbers"][0]
+
+
+def trained(ranks: Ranks, method: str) -> dict[str, Any]:
+    oracle, (base, peft) = oracle_of(ALONE)
+    model = oracle.model
+    rows = [tokens(ROWS, LENGTH, ragged=True)["x"][i] for i in range(ROWS)]
+    optimizer = build(method, model, base, peft, lr_base=1e-3, lr_peft=1e-2, seed=1)
+    losses: list[float] = []
+
+    class Sink:
+        def epoch(self, epoch: int, order: list[int]) -> None: ...
+
+        def step(self, step: int, loss: float, info: dict[str, Any]) -> None:
+            losses.append(loss)
+
+    before = ranks.sent
+    train(
+        optimizer,
+        NextToken(),
+        rows,
+        lambda part: {"x": torch.stack(part)},
+        Sink(),
+        steps=5,
+        batch=4,
+        seed=0,
+        ranks=ranks,
+    )
+    return {
+        "losses": losses,
+        "checksum": checksum(list(model.parameters())),
+        "sent": ranks.sent - before,
+    }
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("method", ["mezo", "hybrid"])
+def test_training_is_that_of_one_process_and_every_rank_holds_the_same_bits(
+    size: int, method: str, tmp_path: Path
+) -> None:
+    alone = trained(ALONE, method)
+    ranks = together(size, tmp_path / "run", trained, method)
+    assert len({r["checksum"] for r in ranks}) == 1
+    for found in ranks:
+        assert found["losses"] == pytest.approx(alone["losses"], rel=1e-9)
+    if method == "mezo":
+        # two scalars of 8 bytes a step, and 16 bytes of checksums: nothing that grows with the model
+        assert ranks[0]["sent"] == 5 * (2 * 8 + 16)
+
+
+def diverging(ranks: Ranks) -> str:
+    weights = [torch.ones(3)]
+    ranks.agree("step 0", checksum(weights))
+    if ranks.rank == 1:
+        weights[0][1] += 1e-7
+    with pytest.raises(UserError, match="step 1: rank 1 holds other weights"):
+        ranks.agree("step 1", checksum(weights))
+    return "told"
+
+
+def lonely(ranks: Ranks) -> str:
+    if ranks.rank == 1:
+        return "left"
+    with pytest.raises(UserError, match="waited for another rank in vain"):
+        ranks.sum(1.0)
+    return "told"
+
+
+def test_ranks_that_differ_or_are_gone_are_told_in_one_sentence(tmp_path: Path) -> None:
+    assert together(2, tmp_path / "differ", diverging) == ["told", "told"]
+    assert together(2, tmp_path / "gone", lonely) == ["told", "left"]
+
+
+def test_more_processes_than_micro_batches_are_refused() -> None:
+    model = language_model("gpt2", layers=1, width=8)
+    with pytest.raises(UserError, match="1 micro-batches cannot be shared by 2 processes"):
+        Oracle(model, NextToken(), [tokens()], [], ranks=Ranks(0, 2))
+
+
+def test_a_checksum_sees_one_bit_and_the_order() -> None:
+    a, b = torch.randn(5, dtype=torch.float64), torch.randn(7).bfloat16()
+    first = checksum([a, b])
+    other = a.clone()
+    other.view(torch.int64)[2] ^= 1
+    assert checksum([a.clone(), b.clone()]) == first != checksum([other, b])
+    assert checksum([torch.ones(2), torch.zeros(2)]) != checksum([torch.zeros(2), torch.ones(2)])
+
+
+def test_one_process_exchanges_nothing() -> None:
+    oracle, _ = oracle_of(ALONE)
+    oracle.value()
+    closure = closure_of(oracle.model, NextToken(), oracle.batches)
+    assert float(closure().detach()) == pytest.approx(oracle.value(), rel=1e-12)
+    assert ALONE.sent == 0 and ALONE.sum(1.0, 2.0) == (1.0, 2.0) and ALONE.join([[1.0]], 1) == [[1.0]]
