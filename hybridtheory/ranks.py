@@ -40,6 +40,15 @@ class Ranks:
             dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
         return cls(dist.get_rank(), size, device)
 
+    @property
+    def writes(self) -> bool:
+        """Whether this process owns the files and the screen: the first one does."""
+        return self.rank == 0
+
+    def meet(self) -> None:
+        """Nobody goes on before everybody is here."""
+        self.sum(0.0)
+
     def mine(self, i: int) -> bool:
         """Whether micro-batch i is computed here."""
         return i % self.size == self.rank

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from hybridtheory.blocks import Block
 from hybridtheory.errors import UserError
+from hybridtheory.ranks import Ranks
 
 # Classes whose instances a method keeps in its state: rebuilt from their fields. Nothing else is, and no code is read from a file.
 OBJECTS = (("galore_torch.galore_projector", "GaLoreProjector"),)
@@ -108,8 +109,15 @@ def step_of(checkpoint: Path) -> int:
 def save(
     folder: Path, step: int, blocks: Sequence[Block], state: Mapping[str, Any], identity: Mapping[str, Any]
 ) -> Path:
-    """Write the checkpoint of ``step`` beside older ones. UserError, with the older ones whole, when it cannot be written."""
+    """Write the checkpoint of ``step`` beside older ones. UserError, with the older ones whole, when it cannot be written.
+
+    Of several processes the first one writes, and all go on when it has.
+    """
     target, partial = folder / f"step-{step:09d}", folder / f".partial-step-{step:09d}"
+    ranks = Ranks.of_environment()
+    if not ranks.writes:
+        ranks.meet()
+        return target
     old = latest(folder) if folder.is_dir() else None
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -134,6 +142,7 @@ def save(
         kept = f"the checkpoint of step {step_of(old)} is whole" if old else "there was none before it"
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"the checkpoint of step {step} could not be written to {folder} ({reason}): {kept}") from error
+    ranks.meet()
     return target
 
 
@@ -141,7 +150,7 @@ def keep(folder: Path, step: int) -> None:
     """Remove every checkpoint but that of ``step``."""
     for path in folder.glob("step-*"):
         if step_of(path) != step:
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=not Ranks.of_environment().writes)
 
 
 def drop(folder: Path, step: int) -> None:

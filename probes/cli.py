@@ -22,6 +22,7 @@ from probes.command import (
     check_numbers,
     choose_folder,
     command_line,
+    consoles,
     follow,
     names,
     one_sentence,
@@ -141,7 +142,7 @@ def probe_smoothness(
 
     Without arguments it runs on the embedded model and task, in about a minute.
     """
-    console, errors = Console(), Console(stderr=True)
+    console, errors = consoles()
     with one_sentence(errors), ExitStack() as stack:
         check_numbers(seed=seed, micro_batch=micro_batch, alpha=alpha, mu=mu)
         if curvature not in ("hessian", "ggn"):

@@ -22,6 +22,7 @@ from probes.command import (
     check_numbers,
     choose_folder,
     command_line,
+    consoles,
     follow,
     names,
     one_sentence,
@@ -69,7 +70,7 @@ def probe_convergence(
 
     Without arguments it runs on the embedded model and task, in about a minute and a half.
     """
-    console, errors = Console(), Console(stderr=True)
+    console, errors = consoles()
     failed = 0
     with one_sentence(errors), ExitStack() as stack:
         check_numbers(seed=options["seed"], micro_batch=options["micro_batch"], alpha=options["alpha"], mu=mu)

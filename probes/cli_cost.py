@@ -20,6 +20,7 @@ from probes.command import (
     check_numbers,
     choose_folder,
     command_line,
+    consoles,
     follow,
     names,
     one_sentence,
@@ -61,7 +62,7 @@ def probe_cost(
 
     Without arguments it runs on the embedded model and task, whose figures are too small to count; the report says so.
     """
-    console, errors = Console(), Console(stderr=True)
+    console, errors = consoles()
     with one_sentence(errors), ExitStack() as stack:
         check_numbers(seed=options["seed"], micro_batch=options["micro_batch"], alpha=options["alpha"], mu=1e-3)
         folder = choose_folder("cost", options["model"], options["data"], out, options["resume"])

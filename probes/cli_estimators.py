@@ -20,6 +20,7 @@ from probes.command import (
     check_numbers,
     choose_folder,
     command_line,
+    consoles,
     follow,
     names,
     one_sentence,
@@ -72,7 +73,7 @@ def probe_estimators(
 
     Without arguments it runs on the embedded model and task.
     """
-    console, errors = Console(), Console(stderr=True)
+    console, errors = consoles()
     with one_sentence(errors), ExitStack() as stack:
         check_numbers(seed=options["seed"], micro_batch=options["micro_batch"], alpha=options["alpha"], mu=1e-3)
         steps = None if mus is None else tuple(_positive(x) for x in mus.split(","))

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from hybridtheory.errors import UserError
 from probes import rundir
-from probes.command import MACHINE, OUTPUT, command_line, one_sentence, opened, option
+from probes.command import MACHINE, OUTPUT, command_line, consoles, one_sentence, opened, option
 from probes.records import End
 
 SWEEP, REGISTERED = "Sweep", "Predictions"
@@ -86,7 +86,7 @@ def hybrid_sweep(
     The grid is extended where the best rate lies on its edge and refined next to it. A sweep may be killed at any moment: --resume repeats
     only the runs that were not finished. Exit code 0: finished; 3: the slice ended and --resume goes on.
     """
-    console, errors = Console(), Console(stderr=True)
+    console, errors = consoles()
     with one_sentence(errors), ExitStack() as stack:
         if predict:
             return _predict(console, predict, predictions)

@@ -19,6 +19,7 @@ from probes.command import (
     WHAT,
     check_numbers,
     command_line,
+    consoles,
     follow,
     names,
     one_sentence,
@@ -109,7 +110,7 @@ def hybrid_train(
 
     Learning rates are given, read from a trainer.toml, or measured first (--lr auto).
     """
-    console, errors = Console(), Console(stderr=True)
+    console, errors = consoles()
     with one_sentence(errors), ExitStack() as stack:
         from probes import chosen_rates, terminal, train_text
         from probes.train_settings import TrainSettings

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 import re
 import shlex
 import sys
@@ -75,6 +76,11 @@ def with_options_of(
         return command
 
     return decorate
+
+
+def consoles() -> tuple[Console, Console]:
+    """(screen, errors); of several processes the first one speaks, and every one tells its own errors."""
+    return Console(quiet=int(os.environ.get("RANK", "0")) > 0), Console(stderr=True)
 
 
 def follow(

@@ -234,6 +234,7 @@ class Header:
     options: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     threads: int = 1
+    processes: int = 1
     git: str | None = volatile(None)
     argv: list[str] = field(default_factory=list, metadata={"volatile": True})
     host: str = volatile("")

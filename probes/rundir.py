@@ -115,9 +115,10 @@ class RunFolder:
         self._done_said: set[str] = set()
         self._pending: list[Record] = []
         self._file: IO[bytes] | None = None
+        self._writes = int(os.environ.get("RANK", "0")) == 0  # of several processes the first one owns the folder
         if resume:
             self._reopen()
-        else:
+        elif self._writes:
             check_free(self.path)
 
     def append(self, record: Record) -> bool:
@@ -142,6 +143,8 @@ class RunFolder:
         target = self.path / name
         if not target.resolve().is_relative_to(self.path.resolve()):
             raise UserError(f"{name!r} lies outside the run folder {self.path}: nothing was written")
+        if not self._writes:
+            return target
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f".partial-{target.name}")
         try:
@@ -168,18 +171,21 @@ class RunFolder:
         path = self.path / RECORDS
         if not path.exists():
             raise UserError(f"--resume: {self.path} holds no run (no {RECORDS} in it)")
-        self._file = self._open(path)
+        if self._writes:
+            self._file = self._open(path)
         raw = path.read_bytes()
         # A line that was cut may end inside a character: cut at the last newline first, in bytes.
         complete = raw[: raw.rfind(b"\n") + 1]
         if len(raw) > len(complete):
             lost = len(raw) - len(complete)
             self.dropped = f"the last line of {path} was cut short ({lost} bytes) and is measured again"
-            self._file.truncate(len(complete))
+            if self._file is not None:
+                self._file.truncate(len(complete))
         self.done, _ = read_lines(complete.decode("utf-8"), str(path))
         if self.done and isinstance(self.done[-1], End) and self.done[-1].reason != "finished":
             # The run did not end there after all.
-            self._file.truncate(complete[:-1].rfind(b"\n") + 1)
+            if self._file is not None:
+                self._file.truncate(complete[:-1].rfind(b"\n") + 1)
             self.done.pop()
         self.started = bool(self.done)
         self._done_said = {_said(record) for record in self.done}
@@ -203,6 +209,10 @@ class RunFolder:
             raise UserError(f"--resume: {self.path} is a run with other settings ({listed}): repeat its command")
 
     def _flush(self) -> None:
+        if not self._writes:
+            self._pending.clear()
+            self.started = True
+            return
         lines = "".join(encode(record) + "\n" for record in self._pending)
         try:
             if self._file is None:

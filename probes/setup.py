@@ -11,6 +11,7 @@ from hybridtheory.blocks import Block, partition
 from hybridtheory.engines import CHOICES, Engine, choose
 from hybridtheory.errors import UserError
 from hybridtheory.oracle import Oracle
+from hybridtheory.ranks import Ranks
 from probes.given import Given
 from probes.records import BlockInfo, DataInfo, Header, ModelInfo, PeftInfo
 from probes.tasks import Task
@@ -59,9 +60,11 @@ class Probe(Generic[S]):
         if asked not in CHOICES:
             raise UserError(f"--engine is one of {', '.join(CHOICES)}, not {asked!r}")
 
+        ranks = Ranks.of_environment(groups[0].tensors[0].device if groups else "cpu")
+
         def oracle(engine: str) -> Oracle:
             limit, rows_at_a_time = settings.max_memory, task.batches(size)
-            return Oracle(task.model, task.objective, rows_at_a_time, groups, settings.curvature, limit, engine)
+            return Oracle(task.model, task.objective, rows_at_a_time, groups, settings.curvature, limit, engine, ranks)
 
         engine = choose(oracle("exact")) if asked == "auto" else Engine(asked, "asked for")
         return cls(task, settings, groups, finer, oracle(engine.name), rows, engine)
@@ -105,6 +108,7 @@ def header(probe: Probe[Any], name: str, origin: dict[str, Any]) -> Header:
         peft=peft,
         options=_options(probe),
         threads=torch.get_num_threads(),
+        processes=probe.oracle.ranks.size,
         **origin,
     )  # fmt: skip
 

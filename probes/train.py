@@ -21,6 +21,7 @@ from torch import Tensor
 
 from hybridtheory.errors import UserError
 from hybridtheory.optimizers import ZeroOrder
+from hybridtheory.ranks import Ranks
 from hybridtheory.training import train
 from probes import checkpoints
 from probes.encoding import Row
@@ -86,6 +87,11 @@ class Run:
         return bool(self.why)
 
     # ---- the parts ----
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that share every minibatch."""
+        return Ranks.of_environment(next(self.task.model.parameters()).device)
 
     @property
     def blocks(self) -> list[Any]:
@@ -288,6 +294,7 @@ def _train(job: Run, upper: list[Row], lower: list[Row] | None) -> tuple[Any, in
         optimizer, objective(task, s.objective), upper, job.collate, job,
         steps=s.steps if s.steps is not None else 2**62, batch=min(s.batch, len(upper)), seed=s.seed, sampling=s.sampling,
         scheduler=job.scheduler, micro=s.micro_batch if task.padding_exact else 1, accumulate=s.accumulate, lower_rows=lower,
+        ranks=job.ranks,
     )  # fmt: skip
     if ended.status == "stopped":
         return job.why, ended.step, ""
