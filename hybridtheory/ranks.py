@@ -29,17 +29,6 @@ class Ranks:
         self.rank, self.size, self.device = rank, size, torch.device(device)
         self.sent = 0
 
-    @classmethod
-    def of_environment(cls, device: torch.device | str = "cpu", timeout: float = TIMEOUT) -> Ranks:
-        """What a launcher says in RANK and WORLD_SIZE; a single process without one."""
-        size = int(os.environ.get("WORLD_SIZE", "1"))
-        if size == 1:
-            return ALONE
-        if not dist.is_initialized():
-            backend = "nccl" if torch.device(device).type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
-        return cls(dist.get_rank(), size, device)
-
     @property
     def writes(self) -> bool:
         """Whether this process owns the files and the screen: the first one does."""
@@ -139,6 +128,36 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+_joined = ALONE
+
+
+def join(timeout: float = TIMEOUT) -> Ranks:
+    """Meet the processes that a launcher started (RANK and WORLD_SIZE say so); a single process without one. Commands do this; a library
+    call inside somebody else's distributed program does not, and stays alone. UserError where they cannot meet.
+    """
+    global _joined
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size > 1 and _joined.size == 1:
+        try:
+            if not dist.is_initialized():
+                # gloo for tensors on the CPU, NCCL for those on CUDA
+                dist.init_process_group(timeout=timedelta(seconds=timeout))
+        except (ValueError, RuntimeError) as error:
+            raise UserError(
+                f"WORLD_SIZE = {size} says that there are several processes, and they cannot meet ({str(error).splitlines()[0][:120]}): "
+                f"start them with torchrun or accelerate launch, or unset WORLD_SIZE"
+            ) from None
+        _joined = Ranks(dist.get_rank(), size)
+    return _joined
+
+
+def joined(device: torch.device | str = "cpu") -> Ranks:
+    """The processes that this one has met with `join`, exchanging scalars on ``device``."""
+    if _joined.size > 1:
+        _joined.device = torch.device(device)
+    return _joined
 
 
 def checksum(tensors: Sequence[Tensor]) -> int:

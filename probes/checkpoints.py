@@ -25,7 +25,7 @@ from torch import Tensor
 
 from hybridtheory.blocks import Block
 from hybridtheory.errors import UserError
-from hybridtheory.ranks import Ranks
+from hybridtheory.ranks import joined
 
 # Classes whose instances a method keeps in its state: rebuilt from their fields. Nothing else is, and no code is read from a file.
 OBJECTS = (("galore_torch.galore_projector", "GaLoreProjector"),)
@@ -114,7 +114,7 @@ def save(
     Of several processes the first one writes, and all go on when it has.
     """
     target, partial = folder / f"step-{step:09d}", folder / f".partial-step-{step:09d}"
-    ranks = Ranks.of_environment()
+    ranks = joined()
     if not ranks.writes:
         ranks.meet()
         return target
@@ -150,7 +150,7 @@ def keep(folder: Path, step: int) -> None:
     """Remove every checkpoint but that of ``step``."""
     for path in folder.glob("step-*"):
         if step_of(path) != step:
-            shutil.rmtree(path, ignore_errors=not Ranks.of_environment().writes)
+            shutil.rmtree(path, ignore_errors=not joined().writes)
 
 
 def drop(folder: Path, step: int) -> None:

@@ -20,6 +20,7 @@ from probes.command import (
     check_numbers,
     command_line,
     consoles,
+    first,
     follow,
     names,
     one_sentence,
@@ -148,7 +149,7 @@ def hybrid_train(
         begun = (folder / rundir.RECORDS).exists()
         if resume and not begun and not (auto and probed.exists()):
             raise UserError(f"--resume: {folder} holds no run: leave --resume out to start one")
-        run = stack.enter_context(rundir.RunFolder(folder, resume and begun))
+        run = stack.enter_context(rundir.RunFolder(folder, resume and begun, first()))
         if rundir.finished(run.done):
             console.print(Text(f"{folder} is finished already"))
             return console.print(train_text.summary(run.done, folder, scored=True))
@@ -222,7 +223,7 @@ def probe(
     from probes.provenance import provenance
     from probes.tasks import load_task
 
-    with rundir.RunFolder(folder, (folder / rundir.RECORDS).exists()) as run:
+    with rundir.RunFolder(folder, (folder / rundir.RECORDS).exists(), first()) as run:
         if rundir.finished(run.done) and (folder / "trainer.toml").exists():
             return folder
         console.print(Text(f"measuring learning rates first: {folder}"))

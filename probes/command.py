@@ -79,8 +79,19 @@ def with_options_of(
 
 
 def consoles() -> tuple[Console, Console]:
-    """(screen, errors); of several processes the first one speaks, and every one tells its own errors."""
-    return Console(quiet=int(os.environ.get("RANK", "0")) > 0), Console(stderr=True)
+    """(screen, errors). Of several processes the first one speaks, and every one tells its own errors."""
+    errors = Console(stderr=True)
+    with one_sentence(errors):
+        return Console(quiet=not first()), errors
+
+
+def first() -> bool:
+    """Whether this process owns screen and files: it is alone, or the first of those that a launcher started."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return True
+    from hybridtheory import ranks
+
+    return ranks.join().writes
 
 
 def follow(
@@ -149,7 +160,7 @@ def choose_folder(probe: str, model: str | None, data: str | None, out: Path | N
 
 def opened(console: Console, stack: ExitStack, folder: Path, resume: bool) -> rundir.RunFolder:
     """The run folder, closed with ``stack``; says what a user must know of what it already holds."""
-    run = stack.enter_context(rundir.RunFolder(folder, resume))
+    run = stack.enter_context(rundir.RunFolder(folder, resume, first()))
     if rundir.finished(run.done):
         console.print(Text(f"{folder} is finished already; its report is made again from its records."))
     elif run.dropped:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hybridtheory.errors import UserError
-from hybridtheory.ranks import Ranks
+from hybridtheory.ranks import joined
 from probes.tasks import Task
 
 MERGEABLE = ("lora", "ia3")
@@ -21,7 +21,7 @@ MERGEABLE = ("lora", "ia3")
 
 def export(task: Task, folder: Path, moved_base: bool, merged: bool = False) -> list[str]:
     """Names of the folders written under ``folder``. ``merged``: the whole model although the adapter would do."""
-    if not Ranks.of_environment().writes:
+    if not joined().writes:
         return []
     model: Any = task.model
     kind = str(task.peft_info.get("type", "")).lower()

@@ -104,10 +104,10 @@ class RunFolder:
     """Appends records to FOLDER/records.jsonl; the folder is made at the first Point or Secant.
 
     resume=True keeps what is there (`.done`), cuts a last line that was not finished (`.dropped` says so) and appends;
-    the header that comes then must describe the same measurement.
+    the header that comes then must describe the same measurement. writes=False reads and writes nothing: another process does.
     """
 
-    def __init__(self, folder: Path | str, resume: bool = False) -> None:
+    def __init__(self, folder: Path | str, resume: bool = False, writes: bool = True) -> None:
         self.path = Path(folder)
         self.done: list[Record] = []
         self.dropped = ""
@@ -115,7 +115,7 @@ class RunFolder:
         self._done_said: set[str] = set()
         self._pending: list[Record] = []
         self._file: IO[bytes] | None = None
-        self._writes = int(os.environ.get("RANK", "0")) == 0  # of several processes the first one owns the folder
+        self._writes = writes  # of several processes the first one owns the folder
         if resume:
             self._reopen()
         elif self._writes:

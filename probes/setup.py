@@ -11,7 +11,7 @@ from hybridtheory.blocks import Block, partition
 from hybridtheory.engines import CHOICES, Engine, choose
 from hybridtheory.errors import UserError
 from hybridtheory.oracle import Oracle
-from hybridtheory.ranks import Ranks
+from hybridtheory.ranks import joined
 from probes.given import Given
 from probes.records import BlockInfo, DataInfo, Header, ModelInfo, PeftInfo
 from probes.tasks import Task
@@ -60,11 +60,11 @@ class Probe(Generic[S]):
         if asked not in CHOICES:
             raise UserError(f"--engine is one of {', '.join(CHOICES)}, not {asked!r}")
 
-        ranks = Ranks.of_environment(groups[0].tensors[0].device if groups else "cpu")
+        shared = joined(groups[0].tensors[0].device if groups else "cpu")
 
         def oracle(engine: str) -> Oracle:
             limit, rows_at_a_time = settings.max_memory, task.batches(size)
-            return Oracle(task.model, task.objective, rows_at_a_time, groups, settings.curvature, limit, engine, ranks)
+            return Oracle(task.model, task.objective, rows_at_a_time, groups, settings.curvature, limit, engine, shared)
 
         engine = choose(oracle("exact")) if asked == "auto" else Engine(asked, "asked for")
         return cls(task, settings, groups, finer, oracle(engine.name), rows, engine)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hybridtheory.errors import UserError
 from hybridtheory.optimizers import ZeroOrder
-from hybridtheory.ranks import Ranks
+from hybridtheory.ranks import Ranks, joined
 from hybridtheory.training import train
 from probes import checkpoints
 from probes.encoding import Row
@@ -91,7 +91,7 @@ class Run:
     @property
     def ranks(self) -> Ranks:
         """The processes that share every minibatch."""
-        return Ranks.of_environment(next(self.task.model.parameters()).device)
+        return joined(next(self.task.model.parameters()).device)
 
     @property
     def blocks(self) -> list[Any]:

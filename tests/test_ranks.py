@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -20,6 +22,9 @@ from hybridtheory.optimizers import build
 from hybridtheory.oracle import Oracle, microbatches
 from hybridtheory.ranks import ALONE, Ranks, checksum
 from hybridtheory.training import closure_of, train
+from probes import rundir
+from probes.records import Step
+from probes.report import Report
 from tests.toys import NextToken, is_lora, language_model, tokens, with_lora
 
 ROWS, LENGTH = 6, 8
@@ -178,3 +183,69 @@ def test_one_process_exchanges_nothing() -> None:
     closure = closure_of(oracle.model, NextToken(), oracle.batches)
     assert float(closure().detach()) == pytest.approx(oracle.value(), rel=1e-12)
     assert ALONE.sent == 0 and ALONE.sum(1.0, 2.0) == (1.0, 2.0) and ALONE.join([[1.0]], 1) == [[1.0]]
+
+
+def launched(size: int, folder: Path, command: str, *arguments: str) -> str:
+    """A command of ours under torchrun; what it said."""
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size), "--no-python"]
+    own = [str(Path(sys.executable).with_name(command)), *arguments, "--out", str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+    found = subprocess.run([*(run if size > 1 else []), *own], env=environment, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout + found.stderr
+    return found.stdout
+
+
+@pytest.mark.slow
+def test_the_probe_under_torchrun_measures_what_it_measures_alone(tmp_path: Path, gpt2: Path, films: Path) -> None:
+    wanted = [
+        "--points",
+        "1",
+        "--secants",
+        "3",
+        "--run-steps",
+        "3",
+        "--directions",
+        "4",
+        "--rows",
+        "6",
+        "--dtype",
+        "float64",
+    ]
+    told = launched(2, tmp_path / "two", "probe-smoothness", str(gpt2), "--data", str(films), *wanted)
+    launched(1, tmp_path / "one", "probe-smoothness", str(gpt2), "--data", str(films), *wanted)
+    assert told.count("loading model and data") == 1, "one process speaks"
+    one, two = (Report.load(tmp_path / name) for name in ("one", "two"))
+    assert (one.header.processes, two.header.processes) == (1, 2)
+    here, there = one.points[0], two.points[0]
+    assert there.loss == pytest.approx(here.loss, rel=1e-5) and there.grad_norm == pytest.approx(
+        here.grad_norm, rel=1e-5
+    )
+    for name, block in here.blocks.items():
+        top, other = block.lam_max, there.blocks[name].lam_max
+        assert top is not None and other is not None and other.value == pytest.approx(top.value, rel=1e-3)
+    assert here.coupling is not None and there.coupling is not None
+    assert there.coupling.value == pytest.approx(here.coupling.value, rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["mezo", "hybrid"])
+def test_training_under_torchrun_is_training(tmp_path: Path, gpt2: Path, films: Path, method: str) -> None:
+    wanted = [
+        "--method",
+        method,
+        "--steps",
+        "6",
+        "--batch",
+        "4",
+        "--lr-base",
+        "1e-4",
+        "--eval-every",
+        "0",
+        "--eval-rows",
+        "4",
+    ]
+    wanted += ["--lr-peft", "1e-2"] if method == "hybrid" else []
+    launched(2, tmp_path / "two", "hybrid-train", str(gpt2), "--task", str(films), *wanted)
+    launched(1, tmp_path / "one", "hybrid-train", str(gpt2), "--task", str(films), *wanted)
+    losses = [[r.loss for r in rundir.load(tmp_path / name) if isinstance(r, Step)] for name in ("one", "two")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5) and len(losses[0]) == 6
