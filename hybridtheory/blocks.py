@@ -8,6 +8,7 @@ first name it is registered under, its other names are kept in ``Block.tied``.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -137,7 +138,9 @@ def _labeller(model: nn.Module, by: str) -> Callable[[str], str]:
         stacks = {"encoder", "decoder"} if {"encoder", "decoder"} <= parts else set()
         return lambda name: _layer_label(name, owners.get(name), stacks, with_kind=by == "module")
     try:
-        pattern = re.compile(by)
+        with warnings.catch_warnings():  # about patterns that a later Python may read otherwise
+            warnings.simplefilter("ignore", FutureWarning)
+            pattern = re.compile(by)
     except re.error as error:
         raise UserError(
             f"--blocks takes group, layer, module or a regular expression, and {by!r} is not one: {error}"

@@ -114,7 +114,7 @@ class _Repeat:
     """Products that add up the vectors they are asked for, each with its weights."""
 
     def __init__(self, hess: Differences, weights: Sequence[np.ndarray]) -> None:
-        self.hess, self.weights, self.step = hess, weights, 0
+        self.hess, self.oracle, self.weights, self.step = hess, hess.oracle, weights, 0
         self.sums: list[Tensors] = [[] for _ in weights]
 
     def each(self, vectors: Sequence[Tensors], *blocks: Any) -> Iterator[tuple[float, list[Tensors]]]:

@@ -63,7 +63,7 @@ def decode(line: str) -> Record:
     if not isinstance(value, dict) or "kind" not in value:
         raise ValueError("not a record: an object with a field 'kind' is needed")
     kind = value.pop("kind")
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"unknown kind {kind!r}; known kinds: {', '.join(KINDS)}")
     if kind == "header" and value.get("schema") != SCHEMA:
         raise ValueError(f"schema {value.get('schema')!r}, but this version reads schema {SCHEMA}")
@@ -128,7 +128,7 @@ def _cast(hint: Any, value: Any, where: str) -> Any:
     if origin in (types.UnionType, typing.Union):  # only X | None occurs
         return None if value is None else _cast(next(a for a in args if a is not type(None)), value, where)
     if origin is typing.Literal:
-        if value in args:
+        if isinstance(value, str | int | float | bool) and value in args:
             return value
         raise ValueError(f"{where}: one of {', '.join(map(repr, args))} was expected, {value!r:.60} came")
     if is_dataclass(hint):

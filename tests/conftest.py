@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--on") != "cpu":
         torch.set_default_device(config.getoption("--on"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def allocator() -> Iterator[None]:
+    """Commands that run in this process must not change its allocator for the tests that measure memory."""
+    from hybridtheory import memory
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "keep_freed", lambda: None)
+        yield
 
 
 @pytest.fixture(scope="session")

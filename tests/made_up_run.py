@@ -172,7 +172,7 @@ def made_up_run(blocks: str = "group", complete: bool = True) -> list[R.Record]:
 
 
 def rates() -> list[R.Record]:
-    """All four rules, with a worst case that is absurd and a noise rule that cannot give the ratio."""
+    """All five rules, with a worst case that is absurd and a noise rule that cannot give the ratio."""
     out: list[R.Record] = []
     values = {
         "worst_case": (3.4e-9, 0.16, "1/(L (d+2))", "A0, worst case", "L and the dimension d"),
@@ -185,6 +185,7 @@ def rates() -> list[R.Record]:
             "tr(H_+) and the upper end L",
         ),
         "finite_scale": (1.6e-4, None, "argmin E f(w - eta c u) - f(w)", "finite-scale rule", "forward passes only"),
+        "tail": (6.0e-5, None, "q scale/(|g| sqrt(z))", "tail of a step", "the flat scale and |g|"),
     }
     for rule, (base, peft, formula, theorem, uses) in values.items():
         for where, k in (("first", 1.0), ("envelope", 0.4)):
