@@ -7,6 +7,7 @@ so whatever is decided from a number is decided alike everywhere.
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -144,6 +145,7 @@ def join(timeout: float = TIMEOUT) -> Ranks:
             if not dist.is_initialized():
                 # gloo for tensors on the CPU, NCCL for those on CUDA
                 dist.init_process_group(timeout=timedelta(seconds=timeout))
+                atexit.register(dist.destroy_process_group)  # its threads must end before the interpreter does
         except (ValueError, RuntimeError) as error:
             raise UserError(
                 f"WORLD_SIZE = {size} says that there are several processes, and they cannot meet ({str(error).splitlines()[0][:120]}): "

@@ -491,6 +491,7 @@ class Evaluation:
     calibrated_accuracy_interval: Interval | None = None
     calibrated_f1: float | None = None
     calibrated_f1_interval: Interval | None = None
+    final: bool = False  # the one after training, which may say what the last one during it said
     seconds: float = volatile(0.0)
 
 

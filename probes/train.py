@@ -138,13 +138,15 @@ class Run:
         self.optimizer.run["tokens"] = self.tokens + int(batch["attention_mask"].sum())
         return batch
 
-    def evaluate(self, step: int, rows: Sequence[Row] | None = None, split: str | None = None) -> Evaluation:
+    def evaluate(
+        self, step: int, rows: Sequence[Row] | None = None, split: str | None = None, final: bool = False
+    ) -> Evaluation:
         self.progress("evaluation", self.share(step))
         start = time.perf_counter()
         found = evaluate(
             self.task, rows or self.shown, split or self.split, step, max(self.settings.micro_batch or 16, 1)
         )
-        found = replace(found, seconds=time.perf_counter() - start)
+        found = replace(found, final=final, seconds=time.perf_counter() - start)
         self.emit(found)
         return found
 
@@ -262,7 +264,7 @@ def run(
         best = job.choose()
         if best is not None:
             reason = f"the weights of step {best}, the best on {len(job.dev or ())} dev rows, are kept"
-        last = job.evaluate(step if best is None else best, final, final_split)
+        last = job.evaluate(step if best is None else best, final, final_split, True)
         if math.isfinite(last.loss):
             job.trust()
             exports = finish(task, any(b.group == "base" for b in job.blocks))
