@@ -92,6 +92,16 @@ def test_coupled_trace_is_that_of_a_matrix_with_a0s_property():
     assert ss.coupled_trace(20.0, 1.0, 0.0, 1.0, 5, 3) == 20.0
 
 
+def test_the_finite_scale_interval_holds_its_own_estimate():
+    rng = np.random.default_rng(0)
+    etas = 1e-3 * 2.0 ** np.arange(6)
+    for seed in range(40):
+        slopes = rng.normal(0, 3, 6)
+        changes = -etas * slopes[:, None] ** 2 + etas**2 * slopes[:, None] ** 2 * rng.lognormal(4, 1, (6, 1))
+        step = finite_scale(etas, changes, slopes, 9.0, 0.0, seed=seed).step
+        assert step.interval[0] <= step.value <= step.interval[1]
+
+
 @pytest.mark.parametrize("q", [1, 4])
 def test_tail_limited_step_leaves_the_region_as_often_as_it_says(q):
     rng = np.random.default_rng(q)

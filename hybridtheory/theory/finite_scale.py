@@ -132,7 +132,8 @@ def finite_scale(
         "finite-scale rule",
         "argmin_eta E_u f(w - eta c u) - f(w)",
         "forward passes only: no trace",
-        (float(low), float(high)),
+        # The samples correct each direction by the others, a bootstrap each sample by itself: with few directions they may disagree.
+        (float(min(low, value)), float(max(high, value))),
         f"sampling of {n} directions at this point ({100 * confidence:g} % bootstrap)",
         (),
         note,
