@@ -15,9 +15,12 @@ _MMAP_MAX, _TRIM_THRESHOLD = -4, -1  # mallopt's names for them
 
 def used(device: torch.device) -> int:
     """Bytes held now: allocated tensors on CUDA; on the CPU the resident set less what the allocator keeps for the next call."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
-    return max(psutil.Process().memory_info().rss - _kept_free(), 0)
+    return max(resident(device) - (0 if device.type == "cuda" else _kept_free()), 0)
+
+
+def resident(device: torch.device) -> int:
+    """Bytes that the system says are held now: allocated tensors on CUDA, the resident set on the CPU."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
 
 
 def keep_freed() -> None:

@@ -68,11 +68,11 @@ class Meter:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         gc.collect()
-        self.level = memory.used(device)
+        self.level = memory.resident(device)
 
     def now(self) -> int:
         gc.collect()
-        return memory.used(self.device) - self.level
+        return memory.resident(self.device) - self.level
 
     def reset(self) -> None:
         if self.device.type == "cuda":
