@@ -22,7 +22,7 @@ from probes import checkpoints, cli, cli_convergence, cli_train, convergence_fig
 from probes.jsonl import stable
 
 pytestmark = pytest.mark.slow
-KILLS = {"probe": 25, "train": 25, "convergence": 5}  # at times uniform over the wall time
+KILLS = {"probe": 12, "train": 38, "convergence": 3}  # at times uniform over the wall time
 RATES = ["--lr-base", "1e-4", "--lr-peft", "1e-2"]
 PROBE = ["--points", "2", "--secants", "2", "--run-steps", "2", "--directions", "4", "--rows", "4"]
 TRAIN = [
