@@ -182,4 +182,4 @@ def test_killed_around_every_rename(command, whole, tmp_path, before):
         assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
         finish(command, folder)
         assert command.result(folder) == expected, f"rename {number}"
-    assert number > 3  # as many files as that are written
+    assert number > 2  # at least two files are written
