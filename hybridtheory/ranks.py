@@ -163,7 +163,7 @@ def joined(device: torch.device | str = "cpu") -> Ranks:
 
 
 def checksum(tensors: Sequence[Tensor]) -> int:
-    """64 bits of the tensors' bits, the same on every rank that holds the same bits; about 0.05 s for 135 M weights."""
+    """64 bits of the tensors' bits, the same on every rank that holds the same bits."""
     total = 0
     for i, t in enumerate(tensors):
         bits = t.detach().contiguous().reshape(-1)
