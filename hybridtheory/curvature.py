@@ -20,7 +20,7 @@ from hybridtheory.estimate import Estimate
 from hybridtheory.lanczos import Lanczos, end_excess, lanczos, orthogonalise, spectrum
 from hybridtheory.oracle import Products
 from hybridtheory.traces import Traces, mean_estimate, traces
-from hybridtheory.vectors import Tensors, add_, clone, norm, scale_
+from hybridtheory.vectors import Tensors, add_, norm, scale_
 
 __all__ = [
     "Lanczos",
@@ -108,10 +108,14 @@ def margin(hess: Products, limits: dict[str, float], seed: int, index: int = 0, 
     if bad:
         raise UserError(f"the joint margin needs a positive L for every block, and it is not for {', '.join(bad)}")
 
-    def root(v: Tensors) -> Tensors:
+    def scaled(v: Tensors, power: float) -> Tensors:
         for b, part in zip(blocks, split(v, blocks), strict=True):
-            scale_(part, limits[b.name] ** -0.5)
+            scale_(part, limits[b.name] ** power)
         return v
 
-    start = [t for b in blocks for t in streams.gaussian(b, seed, "margin", index)]
-    return lanczos(lambda v: root(hess(root(clone(v)))), start, **options)
+    def matvec(v: Tensors) -> Tensors:
+        product = scaled(hess(scaled(v, -0.5)), -0.5)
+        scaled(v, 0.5)  # in place and back costs a rounding of v, a copy as many bytes as the model
+        return product
+
+    return lanczos(matvec, [t for b in blocks for t in streams.gaussian(b, seed, "margin", index)], **options)

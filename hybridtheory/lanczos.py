@@ -253,9 +253,11 @@ def spectrum(
     (Gur-Ari, Roberts & Dyer 2018) and costs nothing where it is known. The random half keeps the one-sided bound; what rests
     on a random start alone (density, tr H₊ by quadrature) must not use such a run.
     """
-    start = streams.gaussian(block, seed, "lanczos", index)
-    if warm is not None:
-        start = add_(scale_(start, 1 / norm(start)), warm, 1 / norm(warm))
+
+    def start() -> Tensors:
+        drawn = streams.gaussian(block, seed, "lanczos", index)
+        return drawn if warm is None else add_(scale_(drawn, 1 / norm(drawn)), warm, 1 / norm(warm))
+
     forms: list[list[float]] = []
     ranks = hess.oracle.ranks
 
@@ -268,6 +270,7 @@ def spectrum(
         forms.append([form for (form,) in ranks.join(own, len(hess.oracle.batches))])
         return ranks.add_(total)
 
-    run = lanczos(matvec, start, mixed=warm is not None, **options)
+    # Drawn in the call: a name here would hold the first vector until the last step.
+    run = lanczos(matvec, start(), mixed=warm is not None, **options)
     whole = len({len(parts) for parts in forms}) == 1  # not where memory ran out midway and the micro-batches changed
     return replace(run, forms=np.array(forms) if whole else None)

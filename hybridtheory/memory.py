@@ -15,7 +15,14 @@ _MMAP_MAX, _TRIM_THRESHOLD = -4, -1  # mallopt's names for them
 
 def used(device: torch.device) -> int:
     """Bytes held now: allocated tensors on CUDA; on the CPU the resident set less what the allocator keeps for the next call."""
-    return max(resident(device) - (0 if device.type == "cuda" else _kept_free()), 0)
+    if device.type == "cuda":
+        return resident(device)
+    held, heap = psutil.Process().memory_info(), _heap()
+    if heap is None:
+        return int(held.rss)
+    # What is kept free leaves the resident set when it is given back, and stays in glibc's count of it: of two numbers that can
+    # only be too small, the larger.
+    return int(max(held.rss - heap.fordblks, min(heap.uordblks + heap.hblkhd + held.shared, held.rss)))
 
 
 def resident(device: torch.device) -> int:
@@ -38,9 +45,16 @@ def keep_freed() -> None:
 
 def give_back() -> None:
     """Hand freed blocks back to the system after all: where a phase ends whose blocks the next one will not fill."""
-    libc = _glibc()
-    if libc is not None and _kept_free() > GIVEN_BACK:
+    libc, heap = _glibc(), _heap()
+    if libc is not None and heap is not None and heap.fordblks > GIVEN_BACK:
         libc.malloc_trim(0)
+
+
+def make_room(wanted: int, device: torch.device, limit: int | None) -> None:
+    """Hand freed blocks back before a call that takes ``wanted`` bytes, where the resident set would pass ``limit`` with them: a
+    block that is free may still not be where, or as large as, the next one is wanted."""
+    if limit is not None and device.type != "cuda" and resident(device) + wanted > limit:
+        give_back()
 
 
 class _Mallinfo2(ctypes.Structure):
@@ -71,10 +85,10 @@ def _glibc() -> ctypes.CDLL | None:
     return libc
 
 
-def _kept_free() -> int:
-    """Bytes of freed blocks that the allocator holds."""
+def _heap() -> _Mallinfo2 | None:
+    """glibc's own account: bytes allocated (``uordblks`` of the heap, ``hblkhd`` mapped) and free in the heap (``fordblks``)."""
     libc = _glibc()
-    return 0 if libc is None else int(libc.mallinfo2().fordblks)
+    return None if libc is None else libc.mallinfo2()
 
 
 def free(device: torch.device, limit: int | None = None) -> int:

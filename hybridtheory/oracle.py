@@ -36,8 +36,9 @@ _Product = Callable[
     [Tensors, list[int], list[Tensor]], Tensors
 ]  # (tangents, their slots, tensors wanted) -> H v on those
 
-# Vectors as large as the blocks that a product holds at once: the sum so far, the part of one micro-batch, what autograd adds up.
-VECTORS = 3
+# Vectors as large as the blocks that a product holds at once: the sum so far, the part of one micro-batch, what autograd adds up, and
+# the one that Lanczos keeps from the step before.
+VECTORS = 4
 
 
 class Objective(Protocol):
@@ -293,6 +294,7 @@ class Products:
         self._slot = {id(t): i for i, t in enumerate(self._tensors)}
         self._kept: dict[int, _Product] = {}
         self._keep = True  # until a graph would leave too little room
+        self._vector = sum(t.numel() * t.element_size() for t in self._tensors)
 
     def __call__(self, v: Tensors, inp: Blocks = None, out: Blocks = None) -> Tensors:
         """H[out, inp] v: tensors aligned with ``out``'s (``out`` defaults to ``inp``, ``inp`` to all blocks of the context)."""
@@ -318,6 +320,7 @@ class Products:
             if not self.oracle.ranks.mine(i):
                 i += 1
                 continue
+            memory.make_room(2 * self._vector, self.oracle.device, self.oracle.memory_limit)
             try:
                 product = self._product(i)
                 results = [product(v, rows, wanted) for v in vectors]
@@ -346,10 +349,9 @@ class Products:
         if self._keep:
             # Room for what a product holds beside the graphs, and for the next graph, kept or not. What building this one took
             # includes its gradients, whose memory is used again.
-            vector = sum(t.numel() * t.element_size() for t in self._tensors)
-            room = VECTORS * vector
+            room = VECTORS * self._vector
             if i + 1 < len(self.oracle.batches):
-                room += max(memory.used(self.oracle.device) - before - vector, 0)
+                room += max(memory.used(self.oracle.device) - before - self._vector, 0)
             self._keep = memory.free(self.oracle.device, self.oracle.memory_limit) >= room
         if self._keep:
             self._kept[i] = product
