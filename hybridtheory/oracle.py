@@ -320,7 +320,7 @@ class Products:
             if not self.oracle.ranks.mine(i):
                 i += 1
                 continue
-            memory.make_room(2 * self._vector, self.oracle.device, self.oracle.memory_limit)
+            memory.make_room(VECTORS * self._vector, self.oracle.device, self.oracle.memory_limit)
             try:
                 product = self._product(i)
                 results = [product(v, rows, wanted) for v in vectors]
