@@ -33,8 +33,8 @@ def resident(device: torch.device) -> int:
 def keep_freed() -> None:
     """Let glibc's allocator keep freed blocks, in huge pages, instead of handing each back to the system: what is as large as a
     gradient is otherwise mapped, zeroed page by page and unmapped at every use (a product on SmolLM2-135M: 9.7 s, and 6.2 s with
-    this). For programs that own their process, before torch allocates; peak memory stays what it was. Elsewhere than on glibc it
-    does nothing.
+    this). For programs that own their process, before torch allocates. What is kept counts in the resident set: `make_room` hands it
+    back where a limit comes near. Elsewhere than on glibc it does nothing.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it at its first allocation
     libc = _glibc()
