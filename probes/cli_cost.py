@@ -22,11 +22,11 @@ from probes.command import (
     command_line,
     consoles,
     follow,
-    names,
     one_sentence,
     opened,
     option,
     quiet,
+    task_arguments,
     with_options_of,
 )
 from probes.records import Record
@@ -82,9 +82,7 @@ def probe_cost(
                 tuple(peft.split()), rounds=rounds, memory=memory, device=options["device"],
                 seed=options["seed"], micro_batch=options["micro_batch"],
             )  # fmt: skip
-            loading = {n: options[n] for n in SHARED if n in TASK and n != "device"} | {
-                n: names(options[n]) for n in ("targets", "labels")
-            }
+            loading = task_arguments(options)
         with terminal.Bar(console) as bar:
             done = run.done if run is not None else []
             stream = cost.run(loading, settings, done, bar.phase, provenance(), dry=run is None)
@@ -121,7 +119,7 @@ def finish(console: Console, run: rundir.RunFolder, records: list[Record]) -> No
         console.print(Text(terminal.plain(sentence)), soft_wrap=True)
     for warning in report.warnings:
         console.print(terminal.warning(warning))
-    console.print(Text.assemble(("report  ", "dim"), (str(run.path / "report.md"), "bold")))
+    console.print(terminal.place(run.path / "report.md"))
 
 
 def cost() -> None:

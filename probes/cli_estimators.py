@@ -22,11 +22,11 @@ from probes.command import (
     command_line,
     consoles,
     follow,
-    names,
     one_sentence,
     opened,
     option,
     prepare,
+    task_arguments,
     with_options_of,
 )
 from probes.markdown import interval, number
@@ -94,8 +94,7 @@ def probe_estimators(
                 precision=precision, max_draws=max_draws, directions=directions, mus=steps, q=q, batch_size=options["batch_size"],
                 micro_batch=options["micro_batch"],
             )  # fmt: skip
-            wanted = {n: options[n] for n in TASK} | {n: names(options[n]) for n in ("targets", "labels")}
-            task = load_task(wanted.pop("model"), wanted.pop("data"), **wanted)
+            task = load_task(**task_arguments(options))
         with terminal.Bar(console) as bar:
             done = run.done if run is not None else []
             stream = estimators.run(task, settings, done, bar.phase, provenance(), dry=run is None)
@@ -133,7 +132,7 @@ def finish(console: Console, run: rundir.RunFolder, records: list[Record]) -> No
     if estimated is not None:
         console.print(terminal.cost(estimated, actual))
     console.print(*map(terminal.warning, report.warnings), sep="\n") if report.warnings else None
-    console.print(Text.assemble(("report  ", "dim"), (str(run.path / "report.md"), "bold")))
+    console.print(terminal.place(run.path / "report.md"))
 
 
 def _positive(text: str) -> float:

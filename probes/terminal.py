@@ -146,6 +146,10 @@ def warning(found: Warning) -> Text:
     return Text(f"! {found.text}", style="yellow")
 
 
+def place(report: Path) -> Text:
+    return Text.assemble(("report  ", "dim"), (str(report), "bold"))
+
+
 def summary(report: Report, folder: Path) -> RenderableType:
     """The numbers a user came for, in one screen."""
     parts: list[RenderableType] = [Text("")]
@@ -157,7 +161,7 @@ def summary(report: Report, folder: Path) -> RenderableType:
         parts += [Text(""), cost(estimated, actual)]
     parts += [Text(""), *map(warning, report.warnings)] if report.warnings else []
     name = "report.md" if report.finished else "records.jsonl"
-    return Group(*parts, Text(""), Text.assemble(("report  ", "dim"), (str(folder / name), "bold")))
+    return Group(*parts, Text(""), place(folder / name))
 
 
 def smoothness(report: Report, most: int = 12) -> list[RenderableType]:
