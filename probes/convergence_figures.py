@@ -17,7 +17,7 @@ from matplotlib.patches import Patch
 from hybridtheory.theory.held import Evidence, hold
 from probes import rundir
 from probes.convergence_report import WORDS, all_of, seen
-from probes.figures import BLUE, GREY, RED, colours, grid, log_axis, style
+from probes.figures_style import BLUE, GREY, RED, colours, grid, log_axis, style, write
 from probes.markdown import number
 from probes.records import Record
 from probes.records_convergence import Checked, Descent, Exponent
@@ -42,17 +42,7 @@ def drawn(records: Sequence[Record]) -> dict[str, Figure]:
 
 def save(records: Sequence[Record], folder: rundir.RunFolder) -> list[Path]:
     """figures/NAME.png and .pdf."""
-    paths = []
-    for name, figure in drawn(records).items():
-        for suffix in ("png", "pdf"):
-            metadata: dict[str, Any] = {"CreationDate": None} if suffix == "pdf" else {"Software": None}
-
-            def write(path: Path, figure: Figure = figure, metadata: dict[str, Any] = metadata) -> None:
-                with style():
-                    figure.savefig(path, metadata=metadata)
-
-            paths.append(folder.write(f"figures/{name}.{suffix}", write))
-    return paths
+    return write(drawn(records), folder)
 
 
 def descent(records: Sequence[Record]) -> Figure | None:

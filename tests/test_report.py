@@ -209,6 +209,19 @@ def test_many_blocks_are_drawn_and_told():
     assert all(f"`{b.name}`" in report.markdown() for b in report.blocks)
 
 
+def test_the_legend_of_smoothness_lists_what_is_drawn():
+    def legend(*records: R.Record) -> set[str]:
+        return {t.get_text() for t in figures.drawn(Report.of(records))["smoothness"].legends[0].get_texts()}
+
+    whole = made_up_run("group")
+    assert {"upper envelope", "quantile fit", figures.SPECTRUM, "secant, random"} <= legend(*whole)
+    unknown = [replace(r, identified=False) if isinstance(r, R.Fit) else r for r in whole]
+    kept = [r for r in unknown if not (isinstance(r, R.Secant) and r.move == "random") and not isinstance(r, R.Point)]
+    lines = legend(*kept)
+    assert figures.UNIDENTIFIED in lines
+    assert not {"upper envelope", "quantile fit", figures.SPECTRUM, "secant, random"} & lines
+
+
 def test_figures_that_have_no_data_are_left_out():
     report = Report.of(made_up_run("group"))
     bare = [
