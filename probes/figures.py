@@ -18,7 +18,7 @@ from matplotlib.lines import Line2D
 from probes.figures_points import density, displacement, finite_scale, largest_blocks, spectrum
 from probes.figures_style import BLUE, GREEN, GREY, ORANGE, PINK, RED, grid, half_widths, log_axis, short, style, write
 from probes.markdown import number
-from probes.records import Rate
+from probes.records_smoothness import Rate
 
 if TYPE_CHECKING:
     from probes.report import Report

@@ -11,8 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from hybridtheory.estimate import Estimate
 from probes.figures_style import colours, grid, log_axis, short
-from probes.records import BlockPoint, Estimate, Point
+from probes.records import Point
+from probes.records_smoothness import BlockPoint
 
 if TYPE_CHECKING:
     from probes.report import Report

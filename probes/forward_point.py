@@ -20,7 +20,8 @@ from hybridtheory.blocks import Block
 from hybridtheory.errors import UserError
 from hybridtheory.oracle import Oracle
 from probes import point
-from probes.records import BlockPoint, Point, Warning
+from probes.records import Point, Warning
+from probes.records_smoothness import BlockPoint
 
 # Directions of ‖g‖² in units of those of the finite-scale rule, whose control variate rests on it: a slope costs two values, a rung of
 # the rule as many as it has rates.

@@ -22,7 +22,8 @@ from hybridtheory.quadrature import negative_part
 from hybridtheory.theory.finite_scale import finite_scale, least, phi_trace
 from hybridtheory.vectors import Tensors, add_, dot
 from probes.rates import coupled
-from probes.records import AtScale, BlockPoint, Density, FiniteScale, Phi, Point
+from probes.records import Point
+from probes.records_smoothness import AtScale, BlockPoint, Density, FiniteScale, Phi
 
 # A group's upper bound on lambda_max lies within this share of the spectrum's width: 14 products at d = 1e6, 16 at 1e8.
 BOUND = 0.25

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-Interval = tuple[float, float]
-
-
-VOLATILE = {"volatile": True}  # bytes and seconds differ between two runs of the same measurement
+from probes.records_parts import VOLATILE, Interval
 
 
 @dataclass(frozen=True)

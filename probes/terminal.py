@@ -16,8 +16,11 @@ from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Ta
 from rich.table import Table
 from rich.text import Text
 
-from probes.markdown import RULE_NAMES, count, estimate, interval, memory, number, seconds
-from probes.records import Cost, Estimate, Header, Preflight, Rate, Warning
+from hybridtheory.estimate import Estimate
+from probes.markdown import count, estimate, interval, memory, number, seconds
+from probes.markdown_rates import RULE_NAMES
+from probes.records import Cost, Header, Preflight, Warning
+from probes.records_smoothness import Rate
 from probes.report import Report
 
 
