@@ -170,27 +170,18 @@ def slack(records: Sequence[Record]) -> Figure | None:
     ax = figure.subplots()
     longest = 1.0
     for y, c in enumerate(found):
-        off = [
-            max(h.value / h.limit, h.limit / h.value)
-            for h in c.hypotheses
-            if not h.holds and h.value > 0 and h.limit > 0
-        ]
+        failed = [h for h in c.hypotheses if not h.holds and not math.isnan(h.factor)]
         if c.holds is not None and c.slack is not None:
             longest = max(longest, c.slack)
             ax.barh(y, c.slack, left=0, color=BLUE if c.holds else RED, height=0.6)
             ax.text(c.slack * 1.15, y, number(c.slack, 2), va="center", fontsize=7.5)
-        elif off:
-            longest = max(longest, *off)
-            ax.barh(y, max(off), color="0.85", height=0.6, hatch="///", edgecolor="0.6", lw=0.5)
-            worst = next(
-                h
-                for h in c.hypotheses
-                if not h.holds
-                and h.limit > 0
-                and h.value > 0
-                and math.isclose(max(h.value / h.limit, h.limit / h.value), max(off))
+        elif failed:
+            worst = max(failed, key=lambda h: h.factor)
+            longest = max(longest, worst.factor)
+            ax.barh(y, worst.factor, color="0.85", height=0.6, hatch="///", edgecolor="0.6", lw=0.5)
+            ax.text(
+                worst.factor * 1.15, y, f"{worst.name}: {number(worst.factor, 2)} times off", va="center", fontsize=7
             )
-            ax.text(max(off) * 1.15, y, f"{worst.name}: {number(max(off), 2)} times off", va="center", fontsize=7)
         else:
             ax.text(1.15, y, (c.note or "does not apply here")[:80], va="center", fontsize=7, color=GREY)
     ax.axvline(1.0, color="black", lw=0.8)
