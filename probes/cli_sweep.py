@@ -120,7 +120,7 @@ def hybrid_sweep(
             return _finish(console, run)
         from probes.provenance import provenance
 
-        with _following(console, run, folder), _bar(console) as said:
+        with _following(run, folder), _bar(console) as said:
             sweep = Sweep(study, run.append, said, pool, until, str(folder / "cells"), registered)
             finished = sweep.run(run.done, provenance())
             run.append(End("finished" if finished else "interrupted", "" if finished else "the slice ended"))
@@ -199,7 +199,7 @@ def _bar(console: Console) -> Iterator[Any]:
 
 
 @contextmanager
-def _following(console: Console, run: rundir.RunFolder, folder: Path) -> Iterator[None]:
+def _following(run: rundir.RunFolder, folder: Path) -> Iterator[None]:
     """Whatever stops the sweep, the user learns what is kept and how to go on."""
     try:
         yield

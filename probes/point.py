@@ -386,7 +386,7 @@ def at_finite_scale(
             c = (change(settings.mu, batch) - change(-settings.mu, batch)) / (2 * settings.mu)
             slopes.append(c)
             changes.append([change(-eta * c) - loss for eta in etas])
-    phi = _phi(deltas, np.array(plus), np.array(minus), trace)
+    phi = _phi(deltas, np.array(plus), np.array(minus))
     if not zeroth:
         return phi, _line_search(oracle, group, gradient, point, loss) if gradient else None
     if not len(etas):
@@ -418,14 +418,14 @@ def _deltas(loss: float, trace: float, mu: float) -> list[float]:
     return sorted({float(f"{d:.3g}") for d in wanted} | {mu})
 
 
-def _phi(deltas: list[float], plus: np.ndarray, minus: np.ndarray, trace: float) -> Phi | None:
+def _phi(deltas: list[float], plus: np.ndarray, minus: np.ndarray) -> Phi | None:
     finite = np.isfinite(plus).all(axis=0) & np.isfinite(minus).all(axis=0)
     if not finite.any():
         return None
     kept = [d for d, ok in zip(deltas, finite, strict=True) if ok]
     implied, stderr = phi_trace(kept, plus[:, finite], minus[:, finite])
     half = np.array(kept) ** 2 / 2
-    # The fit's region: rungs whose implied trace agrees with the smallest resolved one within three of their standard errors.
+    # The fit's region: resolved rungs whose implied trace is within a fifth of the smallest one's.
     resolved = [i for i in range(len(kept)) if stderr[i] <= abs(implied[i])]
     anchor = resolved[0] if resolved else 0
     same = [i for i in resolved if abs(implied[i] - implied[anchor]) <= 0.2 * abs(implied[anchor])]
