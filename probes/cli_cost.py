@@ -26,6 +26,7 @@ from probes.command import (
     opened,
     option,
     quiet,
+    reported,
     task_arguments,
     with_options_of,
 )
@@ -110,11 +111,8 @@ def chosen(text: str | None, default: tuple[str, ...]) -> tuple[str, ...]:
 def finish(console: Console, run: rundir.RunFolder, records: list[Record]) -> None:
     """Report, figures and the answer from the records of a run that ended."""
     from probes import markdown_cost, terminal
-    from probes.report import Report
 
-    report = Report.of(records)
-    with console.status(Text("writing the report")):
-        report.save(run)
+    report = reported(console, run, records)
     for sentence in markdown_cost.answers(report):
         console.print(Text(terminal.plain(sentence)), soft_wrap=True)
     for warning in report.warnings:

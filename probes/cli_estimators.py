@@ -26,6 +26,7 @@ from probes.command import (
     opened,
     option,
     prepare,
+    reported,
     task_arguments,
     with_options_of,
 )
@@ -108,11 +109,8 @@ def finish(console: Console, run: rundir.RunFolder, records: list[Record]) -> No
     """Report, figures and a table of the groups' laws from the records of a run that ended."""
     from probes import terminal
     from probes.markdown_estimators import far, measured, predicted, scaled
-    from probes.report import Report
 
-    report = Report.of(records)
-    with console.status(Text("writing the report")):
-        report.save(run)
+    report = reported(console, run, records)
     for group in [b for b in report.blocks if b.name == b.group]:
         rows = []
         for e in (e for e in report.all(Estimator) if e.block == group.name):

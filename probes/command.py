@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
@@ -26,6 +26,9 @@ from hybridtheory.errors import UserError
 from probes import rundir
 from probes.interrupts import again
 from probes.records import Cost, End, Header, Point, Preflight, Record, Secant, Warning
+
+if TYPE_CHECKING:
+    from probes.report import Report
 
 WHAT, ADAPTER, MEASURE, PLAN, MACHINE, OUTPUT = (
     "Model and data",
@@ -168,6 +171,16 @@ def opened(console: Console, stack: ExitStack, folder: Path, resume: bool) -> ru
     elif run.dropped:
         console.print(Text(f"! {run.dropped}", style="yellow"))
     return run
+
+
+def reported(console: Console, run: rundir.RunFolder, records: list[Record]) -> Report:
+    """The report of a run that ended, with everything that its folder holds of it written."""
+    from probes.report import Report
+
+    report = Report.of(records)
+    with console.status(Text("writing the report")):
+        report.save(run)
+    return report
 
 
 def size_in_bytes(text: str | None) -> int | None:
