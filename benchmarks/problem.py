@@ -135,11 +135,6 @@ class Truth:
         """The end that is not dominant."""
         return min(self.lam_max, self.lam_min, key=abs)
 
-    @property
-    def trace_known(self) -> bool:
-        """Whether the reference is good enough to tell a trace that errs by 10 % from one that does not."""
-        return self.trace_stderr <= 0.1 * abs(self.trace)
-
     def vectors(self, relative_error: float) -> int:
         """Rademacher vectors for a standard error of ``relative_error`` times the trace."""
         return max(2, int(np.ceil((self.sample_sd / (relative_error * abs(self.trace))) ** 2)))

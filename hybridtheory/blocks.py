@@ -31,7 +31,12 @@ _EMBEDDING = re.compile(r"embed|(^|\.)(wte|wpe|shared)(\.|$)", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Block:
-    """Parameters (ordered by their place in the model) under one name; ``group`` is "base" or "peft"."""
+    """Parameters (by name, in the model's order) under one name; ``group`` is "base" or "peft".
+
+    tied    a parameter's name -> the other names that it is registered under
+    info    what is known of an adapter: rank, alpha, scale, initialisation
+    numel   d, the number of scalars
+    """
 
     name: str
     group: str
@@ -70,6 +75,7 @@ def partition(
     peft   says of a parameter's name whether it belongs to the PEFT group.
     base   False leaves the base out (its weights are quantised, say).
     info   is kept with every PEFT block (rank, alpha, scale, initialisation: curvature of an adapter means little without them).
+    Raises UserError for a model without such a parameter, and for a regular expression that is none or matches no name.
     """
     names = _aliases(model)
     label = _labeller(model, by)
@@ -102,10 +108,6 @@ def partition(
             f"--blocks {by!r} matches no parameter's name (they look like {some!r}): use group, layer or module"
         )
     return sorted(found.values(), key=lambda b: b.group)  # stable: base before peft, each in the model's order
-
-
-def group_of(blocks: Iterable[Block], group: str) -> list[Block]:
-    return [b for b in blocks if b.group == group]
 
 
 def split(tensors: Sequence[Tensor], blocks: Iterable[Block]) -> list[list[Tensor]]:

@@ -48,7 +48,10 @@ def coupling(
 ) -> Estimate:
     """‖H_xy‖₂ by Golub-Kahan bidiagonalisation: products with tangents on y give H_xy v, with tangents on x give H_yx u.
 
-    ``upper`` is the bound of ``end_excess`` for H_yx H_xy, whose spectrum starts at zero: σ² ≤ θ²/(1−ε).
+    x, y       the two sides; the start is drawn on y, from (seed, index)
+    max_steps  pairs of products at most, min_steps at least; tol: relative error at which they stop
+    ``upper`` is the bound of ``end_excess`` for H_yx H_xy, whose spectrum starts at zero: σ² ≤ θ²/(1−ε); it fails with probability
+    ``failure``. ``n`` counts pairs of products.
     """
     steps = max_steps
     v: Tensors = [t for b in y for t in streams.gaussian(b, seed, "coupling", index)]
@@ -101,7 +104,8 @@ def coupling(
 def margin(hess: Products, limits: dict[str, float], seed: int, index: int = 0, **options: Any) -> Lanczos:
     """Both ends of D^{-1/2} H D^{-1/2}, D = diag(L_b I): the joint condition D ⪰ H ⪰ −D holds when they lie in [−1, 1].
 
-    ``options`` of `lanczos`; below=1.0 ends it where the bound already says that the upper end lies below 1.
+    limits: L_b by block name, for every block of ``hess``. ``options`` of `lanczos`; below=1.0 ends it where the bound already says
+    that the upper end lies below 1. Raises UserError for an L that is not positive.
     """
     blocks = hess.blocks
     bad = [b.name for b in blocks if not limits[b.name] > 0]

@@ -44,7 +44,6 @@ PILOT = 8  # vectors of a trace that get a fit each
 LADDER = tuple(0.1 * 4.0**-k for k in range(9))  # shares of the weights at which a step is looked for
 WANTED = 1.0  # the fit's h⁴ at its steps, in units of its rounding: h⁶ is then well below
 FITS = 3  # with smaller and smaller steps, at most
-PILOT = 8  # vectors of a trace that get a third step
 CONFIDENCE = 0.95
 
 
@@ -118,10 +117,10 @@ class Differences(Products):
         rows = [self._slot[id(t)] for b in blocks for t in b.tensors]
         relative = self.relative(v, rows)
         if share is None:
-            share = self._search(v, blocks, rows, relative)
+            share = self._search(v, blocks, relative)
         for _ in range(FITS):
             steps = share / relative * MULTIPLES
-            found = fit(share, np.array([self._parts(v, blocks, rows, h) for h in steps]))
+            found = fit(share, np.array([self._parts(v, rows, h) for h in steps]))
             if found.bias <= found.stderr or found.settled:
                 break
             share *= max((0.1 * found.stderr / found.bias) ** (1 / 7), 0.1)
@@ -133,9 +132,9 @@ class Differences(Products):
         blocks = [blocks] if isinstance(blocks, Block) else list(blocks)
         rows = [self._slot[id(t)] for b in blocks for t in b.tensors]
         relative = self.relative(v, rows)
-        return radius(lambda share: sum(self._parts(v, blocks, rows, share / relative)), LADDER)
+        return radius(lambda share: sum(self._parts(v, rows, share / relative)), LADDER)
 
-    def _search(self, v: Tensors, blocks: Sequence[Block], rows: list[int], relative: float) -> float:
+    def _search(self, v: Tensors, blocks: Sequence[Block], relative: float) -> float:
         """The share at which what a fit leaves out is `WANTED` of the rounding."""
         reach, value = self.radius(v, blocks)
         # Rounding of v'g: what a sum of |g|'s terms leaves, six times over (measured on small models).
@@ -155,7 +154,7 @@ class Differences(Products):
     def _own(self) -> list[int]:
         return [i for i in range(len(self.oracle.batches)) if self.oracle.ranks.mine(i)]
 
-    def _parts(self, v: Tensors, blocks: Sequence[Block], rows: list[int], h: float) -> list[float]:
+    def _parts(self, v: Tensors, rows: list[int], h: float) -> list[float]:
         wanted = [self._tensors[r] for r in rows]
         own = [[dot(v, self._quotient(i, v, rows, wanted, h))] for i in self._own()]
         return [part for (part,) in self.oracle.ranks.join(own, len(self.oracle.batches))]

@@ -167,7 +167,7 @@ def traces(
     alone = beside if len(blocks) == 1 else None
     first = [t for b in blocks for t in streams.rademacher(b, seed, "trace", index, 0)]
     if alone:
-        first = exact._outside(first, alone.beside.basis or [])
+        first = exact.outside(first, alone.beside.basis or [])
     finer = Extrapolated(hess, hess.form(first, blocks).share)
     found = exact.traces(finer, blocks, seed, index=index, beside=alone.beside if alone else None, **options)
     kept = np.array([np.sum(list(parts.values()), axis=0) for parts in finer.kept.values()])  # (pilots, steps, tensors)

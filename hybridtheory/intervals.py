@@ -29,9 +29,8 @@ from scipy.special import ndtr, ndtri
 Array = NDArray[np.float64]
 
 RESAMPLES = 100  # the same number in both worlds: the noise of the standard error is then part of what is calibrated
-CANDIDATES = (
-    250  # vertices kept per simulated set; those left out are further from the fitted line than a resample's optimum
-)
+# Vertices kept per simulated set; those left out are further from the fitted line than a resample's optimum.
+CANDIDATES = 250
 CANDIDATES_DATA = 6000  # vertices kept for the data itself: all of them up to 110 points
 MAX_LAG = 0.9
 ALLOWANCE = 0.005  # added to the level: the simulated noise has an estimated law, and without it the intervals cover 0.947 on average

@@ -94,7 +94,7 @@ def lanczos(
     the other one far enough to know that it is the smaller. Without a kept
     basis the vectors lose orthogonality and converged values reappear as copies: ends stay right, copies only waste steps.
     ``below``: it is enough to know, with the bound's probability, that the upper end lies below this.
-    ``start`` is overwritten: on a large model every vector counts.
+    ``start`` is overwritten: on a large model every vector counts. Raises UserError for a product that is not finite.
     """
     d = sum(t.numel() for t in start)
     steps_allowed = min(max_steps, d)

@@ -29,9 +29,8 @@ Array = NDArray[np.float64]
 
 WIDEST = 3.0  # an interval with a larger ratio of its ends identifies nothing
 REACH = 3.2  # rates within this factor of the best one are fitted: a grid of factor 3 gives its neighbours
-SHARE = (
-    0.25  # and that lose at most this share of the best decrease: further up, the wall before divergence is no parabola
-)
+# And that lose at most this share of the best decrease: further up, the wall before divergence is no parabola.
+SHARE = 0.25
 LOST = 4.0  # in units of the best decrease; a rate that loses one seed in five is then not worth twice the decrease
 SHAPE = 0.1  # added to both ends, in log: the minimum of a parabola through an asymmetric curve is off by up to 9 % (docs/sweeps.md)
 

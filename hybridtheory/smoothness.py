@@ -72,7 +72,7 @@ class Smoothness:
 def fit_envelope(u: ArrayLike, L: ArrayLike, folds: int = FOLDS, confidence: float = 0.95) -> Smoothness:
     """The line L0 + L1 u ≥ L_i for all i, L0, L1 ≥ 0, that is least at the mean of u (a linear program).
 
-    u, L  (n,) in trajectory order, positive. At least 3 points.
+    u, L  (n,) in trajectory order, at least 3 points, u > 0, L >= 0; UserError otherwise, and for folds that leave none to fit.
     For exchangeable points a new one lies above the envelope of n others with probability at most 2/(n+1) (two support points; Campi &
     Garatti 2008). The held-out rate is measured beside that number: well above it, the trajectory was still moving.
     """
@@ -95,7 +95,7 @@ def fit_quantile(
 ) -> Smoothness:
     """Quantile regression (Koenker & Bassett 1978): L0, L1 ≥ 0 minimise Σ ρ_tau(L_i − L0 − L1 u_i).
 
-    u, L  (n,) in trajectory order, positive. At least 3 points.
+    u, L  (n,) in trajectory order, at least 3 points, u > 0, L >= 0; tau in (0, 1). UserError otherwise.
     The intervals are those of ``intervals.line_intervals`` (a calibrated moving-block bootstrap; measured coverage in
     docs/reports/coverage.md), a pure function of the data and ``seed``. They are left out, with a note, when fewer than
     three points are expected above the line.

@@ -36,9 +36,8 @@ class Traces:
 
     trace: Estimate
     trace_sq: Estimate
-    forms: np.ndarray = field(
-        repr=False
-    )  # (n, micro-batches): z'H_i z, the parts of n independent samples (a pair is one)
+    # (n, micro-batches): z'H_i z, the parts of n independent samples (a pair is one)
+    forms: np.ndarray = field(repr=False)
 
 
 def traces(
@@ -70,108 +69,163 @@ def traces(
     standard error ``tol`` for every block (capped by ``max_vectors``); then all of them are averaged. "Not resolved" means a standard
     error above a third of the value.
     """
-    ranks = hess.oracle.ranks
-    flips = {b.name: flipped(b) for b in blocks}
-    unit = 2 if any(any(f) for f in flips.values()) else 1  # products in an independent sample
-    samples: dict[str, list[list[float]]] = {b.name: [] for b in blocks}
-    squares: dict[str, list[float]] = {b.name: [] for b in blocks}
-    count = 0
-    known = known_sq = 0.0
-    known_parts: np.ndarray | None = None
-    if beside is not None and beside.basis is not None and len(blocks) == 1:
-        known = float(beside.alphas.sum())
-        known_sq = float((beside.alphas**2).sum() + 2 * (beside.betas**2).sum() + beside.last_beta**2)
-        known_parts = None if beside.forms is None else beside.forms.sum(axis=0)
-    else:
-        beside = None
-    # Vectors that go through one graph together: as many as fit in half a gigabyte, each with its product.
-    size_of_one = sum(t.numel() * t.element_size() for b in blocks for t in b.tensors)
-    chunk = chunk or max(1, min(8, (1 << 28) // max(size_of_one, 1)))
+    known = _known(beside, blocks)
+    drawn = _Samples(hess, blocks, seed, index, chunk, [] if known is None else known.basis)
+    unit, most = drawn.unit, max(max_vectors // drawn.unit, 1) * drawn.unit
+    drawn.draw(min(pilot + pilot % unit, most), paired=unit == 2)
+    pilots = [drawn.totals(b.name) + (0.0 if known is None else known.trace) for b in blocks]
+    paired, wanted = _plan(pilots, unit, tol)
+    if stand_ins and len(blocks) == 1 and known is None and drawn.count >= 2 * unit:
+        found = _with_stand_ins(drawn, stand_ins, pilots[0], wanted, tol, most)
+        if found is not None:
+            return {blocks[0].name: found}
+    drawn.draw(min(max(wanted, drawn.count), most), paired)
+    return {b.name: drawn.traces(b.name, known) for b in blocks}
 
-    def probe(block: Block, number: int, paired: bool) -> Tensors:
+
+@dataclass(frozen=True)
+class _Known:
+    """On the span of a Lanczos basis: tr V'HV, what it adds to Σ‖H‖²_F, and the trace by micro-batch where the run kept it."""
+
+    basis: Tensors
+    trace: float
+    trace_sq: float
+    parts: np.ndarray | None
+
+
+def _known(beside: Lanczos | None, blocks: Sequence[Block]) -> _Known | None:
+    if beside is None or beside.basis is None or len(blocks) != 1:
+        return None
+    squared = float((beside.alphas**2).sum() + 2 * (beside.betas**2).sum() + beside.last_beta**2)
+    parts = None if beside.forms is None else beside.forms.sum(axis=0)
+    return _Known(beside.basis, float(beside.alphas.sum()), squared, parts)
+
+
+class _Samples:
+    """The vectors of one call, each a function of its number, and z_b'(Hz)_b of those that were drawn so far.
+
+    unit   products in an independent sample: 2 where vectors come in pairs
+    basis  what the vectors leave out ([]: nothing)
+    """
+
+    def __init__(
+        self, hess: Products, blocks: Sequence[Block], seed: int, index: int, chunk: int | None, basis: Tensors
+    ) -> None:
+        self.hess, self.blocks, self.seed, self.index, self.basis = hess, blocks, seed, index, basis
+        self.flips = {b.name: flipped(b) for b in blocks}
+        self.unit = 2 if any(any(f) for f in self.flips.values()) else 1
+        self.samples: dict[str, list[list[float]]] = {b.name: [] for b in blocks}  # z'H_i z by micro-batch
+        self.squares: dict[str, list[float]] = {b.name: [] for b in blocks}
+        self.count = 0
+        # Vectors that go through one graph together: as many as fit in half a gigabyte, each with its product.
+        size_of_one = sum(t.numel() * t.element_size() for b in blocks for t in b.tensors)
+        self.chunk = chunk or max(1, min(8, (1 << 28) // max(size_of_one, 1)))
+
+    def vector(self, block: Block, number: int, paired: bool) -> Tensors:
+        """The block's part of the vector of that number; ``paired``: odd ones are the flips of those before them."""
         second = paired and number % 2 == 1
-        z = streams.rademacher(block, seed, "trace", index, number - second)
+        z = streams.rademacher(block, self.seed, "trace", self.index, number - second)
         if second:
-            z = [-t if flip else t for t, flip in zip(z, flips[block.name], strict=True)]
-        return z if beside is None else _outside(z, beside.basis or [])
+            z = [-t if flip else t for t, flip in zip(z, self.flips[block.name], strict=True)]
+        return outside(z, self.basis) if self.basis else z
 
-    def draw(until: int, paired: bool) -> None:
-        nonlocal count
-        while count < until:
-            size = min(chunk, until - count)
-            per_block = [[probe(b, count + j, paired) for b in blocks] for j in range(size)]
+    def draw(self, until: int, paired: bool) -> None:
+        """Products with the vectors up to number ``until``."""
+        blocks, ranks = self.blocks, self.hess.oracle.ranks
+        while self.count < until:
+            size = min(self.chunk, until - self.count)
+            per_block = [[self.vector(b, self.count + j, paired) for b in blocks] for j in range(size)]
             vectors = [[t for part in z for t in part] for z in per_block]
             rows: list[list[float]] = []  # per micro-batch of this process: z'H_i z, every block of every vector
             totals: list[Tensors] = [[] for _ in range(size)]
-            for _, hvs in hess.each(vectors, blocks):
+            for _, hvs in self.hess.each(vectors, blocks):
                 rows.append([])
                 for j, hv in enumerate(hvs):
                     rows[-1] += [dot(z, part) for part, z in zip(split(hv, blocks), per_block[j], strict=True)]
                     totals[j] = add_(totals[j], hv) if totals[j] else hv
-            forms = ranks.join(rows, len(hess.oracle.batches))
+            forms = ranks.join(rows, len(self.hess.oracle.batches))
             totals = [ranks.add_(t) for t in totals]
             for j in range(size):
                 for i, (block, part) in enumerate(zip(blocks, split(totals[j], blocks), strict=True)):
-                    samples[block.name].append([row[j * len(blocks) + i] for row in forms])
-                    squares[block.name].append(dot(part, part))
-            count += size
+                    self.samples[block.name].append([row[j * len(blocks) + i] for row in forms])
+                    self.squares[block.name].append(dot(part, part))
+            self.count += size
 
-    most = max(max_vectors // unit, 1) * unit
-    draw(min(pilot + pilot % unit, most), paired=unit == 2)
-    pilots = [np.array([sum(s) for s in samples[b.name]]) + known for b in blocks]
-    paired, wanted = _plan(pilots, unit, tol)
+    def totals(self, name: str) -> np.ndarray:
+        """z'Hz of every vector so far, (n,)."""
+        return np.array([sum(parts) for parts in self.samples[name]])
+
+    def traces(self, name: str, known: _Known | None) -> Traces:
+        """The mean over all samples, with what is ``known`` of the part that they leave out."""
+        samples = self.samples[name]
+        cut = {len(parts) for parts in samples}
+        # Where memory ran out midway the micro-batches changed, and only the sums of the parts still compare.
+        forms = np.array(samples if len(cut) == 1 else [[sum(parts)] for parts in samples])
+        if known is not None and known.parts is not None and len(known.parts) == forms.shape[1]:
+            forms = forms + known.parts
+        elif known is not None:
+            forms = forms.sum(axis=1, keepdims=True) + known.trace
+        forms = forms.reshape(-1, self.unit, forms.shape[1]).mean(axis=1)
+        squared = self.squared(name) + (0.0 if known is None else known.trace_sq)
+        return Traces(mean_estimate(forms.sum(axis=1), self.unit), mean_estimate(squared, self.unit), forms)
+
+    def squared(self, name: str) -> np.ndarray:
+        """‖Hz‖² of every independent sample."""
+        return np.array(self.squares[name]).reshape(-1, self.unit).mean(axis=1)
+
+
+def _with_stand_ins(
+    drawn: _Samples,
+    stand_ins: Sequence[Callable[[Tensors], np.ndarray]],
+    pilot: np.ndarray,
+    wanted: int,
+    tol: float,
+    most: int,
+) -> Traces | None:
+    """Two-level Monte Carlo with the stand-in that is nearest on the first vectors; None where ``wanted`` products cost less.
+
+    pilot: z'Hz of the vectors drawn so far; most: products allowed (eight times as many stand-ins).
+    """
+    (block,), unit = drawn.blocks, drawn.unit
+    samples = drawn.samples[block.name]
+    chosen = _nearest(stand_ins, [drawn.vector(block, n, unit == 2) for n in range(2)], samples)
 
     def near(start: int, stop: int) -> list[np.ndarray]:
         """Stand-ins of those vectors, (micro-batches,) each."""
-        return [chosen(probe(blocks[0], number, unit == 2)) for number in range(start, stop)]
+        return [chosen(drawn.vector(block, number, unit == 2)) for number in range(start, stop)]
 
-    if stand_ins and len(blocks) == 1 and beside is None and count >= 2 * unit:
-        name = blocks[0].name
-        first = [probe(blocks[0], number, unit == 2) for number in range(2)]
+    beside_exact = near(0, drawn.count)
+    both, alone = _levels(pilot, np.array([f.sum() for f in beside_exact]), unit, tol, wanted)
+    if not alone:
+        return None
+    drawn.draw(min(max(both, drawn.count), most), paired=unit == 2)
+    count = drawn.count
+    beside_exact += near(len(beside_exact), count)
+    # The pilot's four pairs tell the spread of the stand-ins within a factor two; a first part of them tells it better.
+    far = near(count, count + min(max(alone, FIRST), 8 * most))
+    left = np.array([sum(e) - n.sum() for e, n in zip(samples, beside_exact, strict=True)])
+    more = _stand_ins(np.array([f.sum() for f in far]), left, pilot, unit, tol)
+    if more > len(far):
+        far += near(count + len(far), count + min(more, 8 * most))
+    return _two_levels(samples, drawn.squared(block.name), beside_exact, far, unit)
 
-        def miss(candidate: Callable[[Tensors], np.ndarray]) -> float:
-            return sum((float(candidate(z).sum()) - sum(e)) ** 2 for z, e in zip(first, samples[name]))
 
-        misses = [miss(c) for c in stand_ins]
-        chosen = stand_ins[int(np.argmin(np.nan_to_num(misses, nan=np.inf)))]
-        del first
-        beside_exact = near(0, count)
-        both, alone = _levels(pilots[0], np.array([f.sum() for f in beside_exact]), unit, tol, wanted)
-        if alone:
-            planned = min(max(both, count), most)
-            draw(planned, paired=unit == 2)
-            beside_exact += near(len(beside_exact), count)
-            # The pilot's four pairs tell the spread of the stand-ins within a factor two; a first part of them tells it better.
-            far = near(count, count + min(max(alone, FIRST), 8 * most))
-            left = np.array([sum(e) - n.sum() for e, n in zip(samples[name], beside_exact, strict=True)])
-            more = _stand_ins(np.array([f.sum() for f in far]), left, pilots[0], unit, tol)
-            if more > len(far):
-                far += near(count + len(far), count + min(more, 8 * most))
-            return {name: _two_levels(samples[name], squares[name], beside_exact, far, unit)}
-    draw(min(max(wanted, count), most), paired)
-    result = {}
-    for b in blocks:
-        cut = {len(parts) for parts in samples[b.name]}
-        # Where memory ran out midway the micro-batches changed, and only the sums of the parts still compare.
-        forms = np.array(samples[b.name] if len(cut) == 1 else [[sum(parts)] for parts in samples[b.name]])
-        if known_parts is not None and len(known_parts) == forms.shape[1]:
-            forms = forms + known_parts
-        elif beside is not None:
-            forms = forms.sum(axis=1, keepdims=True) + known
-        forms = forms.reshape(-1, unit, forms.shape[1]).mean(axis=1)
-        squared = np.array(squares[b.name]).reshape(-1, unit).mean(axis=1) + known_sq
-        result[b.name] = Traces(mean_estimate(forms.sum(axis=1), unit), mean_estimate(squared, unit), forms)
-    return result
+def _nearest(
+    stand_ins: Sequence[Callable[[Tensors], np.ndarray]], vectors: Sequence[Tensors], samples: Sequence[Sequence[float]]
+) -> Callable[[Tensors], np.ndarray]:
+    """The one with the least squared error against ``samples``, z'Hz of the first vectors."""
+    misses = [sum((float(c(z).sum()) - sum(e)) ** 2 for z, e in zip(vectors, samples)) for c in stand_ins]
+    return stand_ins[int(np.argmin(np.nan_to_num(misses, nan=np.inf)))]
 
 
 def _two_levels(
     samples: Sequence[Sequence[float]],
-    squares: list[float],
+    squares: np.ndarray,
     near: Sequence[np.ndarray],
     far: Sequence[np.ndarray],
     unit: int,
 ) -> Traces:
-    """``samples`` and ``near``: z'Hz and its stand-in on the same vectors; ``far``: stand-ins on others."""
+    """``samples`` and ``near``: z'Hz and its stand-in on the same vectors; ``squares``: their ‖Hz‖²; ``far``: stand-ins on others."""
     widths = {len(x) for part in (samples, near, far) for x in part}
     if len(widths) > 1:  # memory ran out midway: only sums over the micro-batches compare
         samples = [[sum(s)] for s in samples]
@@ -191,9 +245,7 @@ def _two_levels(
         if resolved
         else f"standard error {stderr:.2g} after {len(samples)} products and {len(far)} second differences",
     )
-    return Traces(
-        trace, mean_estimate(np.array(squares).reshape(-1, unit).mean(axis=1), unit), left + whole.mean(axis=0)
-    )
+    return Traces(trace, mean_estimate(squares, unit), left + whole.mean(axis=0))
 
 
 def _levels(exact: np.ndarray, near: np.ndarray, unit: int, tol: float, wanted: int) -> tuple[int, int]:
@@ -263,7 +315,7 @@ def _plan(pilots: Sequence[np.ndarray], unit: int, tol: float) -> tuple[bool, in
     return paired, needed[paired]
 
 
-def _outside(z: Tensors, basis: Tensors) -> Tensors:
+def outside(z: Tensors, basis: Tensors) -> Tensors:
     """z minus its part in the span of the basis."""
     coefficients = torch.stack([rows @ t.reshape(-1) for rows, t in zip(basis, z, strict=True)]).sum(0)
     return [t - (coefficients @ rows).view_as(t) for rows, t in zip(basis, z, strict=True)]

@@ -76,6 +76,7 @@ def minibatches(
 ) -> Iterator[tuple[int, list[int], list[int] | None]]:
     """(epoch, row indices, the epoch's permutation where the epoch starts), from step ``start`` on, without end.
 
+    n, size   rows there are, rows of a minibatch (1 to n); sampling: "reshuffle" or "iid". UserError otherwise.
     The last minibatch of an epoch holds what is left of it.
     """
     if sampling not in ("reshuffle", "iid"):
@@ -124,7 +125,7 @@ def train(
     ranks       processes that share every minibatch: slopes, directions and weights are the same on all, which each step checks.
     lower_rows  what the inner steps of a bilevel method draw their minibatches from (None: ``rows``), in an order of its own.
     The model stays in the mode (train or eval) that it is in. Parameters are those before the step that failed when the outcome
-    is "not finite".
+    is "not finite". Raises UserError for settings of `minibatches` that cannot be.
     """
     model, high = optimizer.model, 0
     batches = minibatches(len(rows), batch, seed, optimizer.steps * accumulate, sampling)

@@ -25,18 +25,22 @@ def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
 
 
 def norm(a: Sequence[Tensor]) -> float:
+    """‖a‖₂, summed in float64."""
     return dot(a, a) ** 0.5
 
 
 def zeros(like: Sequence[Tensor]) -> Tensors:
+    """Zeros in the shapes, dtypes and devices of ``like``."""
     return [torch.zeros_like(t, requires_grad=False) for t in like]
 
 
 def scale(a: Sequence[Tensor], s: float) -> Tensors:
+    """s a, as new tensors without a graph."""
     return list(torch._foreach_mul([t.detach() for t in a], s))
 
 
 def scale_(a: Tensors, s: float) -> Tensors:
+    """a *= s in place; returns a."""
     torch._foreach_mul_(a, s)
     return a
 
@@ -48,4 +52,5 @@ def add_(a: Tensors, b: Sequence[Tensor], alpha: float = 1.0) -> Tensors:
 
 
 def clone(a: Sequence[Tensor]) -> Tensors:
+    """Copies without a graph."""
     return [t.detach().clone() for t in a]

@@ -26,7 +26,9 @@ from hybridtheory.oracle import Oracle
 from hybridtheory.theory.moments import second_moment, variance
 from hybridtheory.theory.moments_error import minibatch_second_moment
 from hybridtheory.vectors import Tensors, dot
-from probes.records import Allocation, Budget, Interval, PublishedMu, Warning
+from probes.records import Allocation, Budget, Warning
+from probes.records_estimators import PublishedMu
+from probes.records_parts import Interval
 
 if TYPE_CHECKING:
     from probes.estimators import Settings

@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.text import Text
 
 from hybridtheory.errors import UserError
 from probes import rundir
@@ -29,6 +28,7 @@ from probes.command import (
     opened,
     option,
     prepare,
+    reported,
     size_in_bytes,
 )
 from probes.records import Record
@@ -184,11 +184,8 @@ def probe_smoothness(
 def finish(console: Console, run: rundir.RunFolder, records: list[Record]) -> None:
     """Report, figures and summary from the records of a run that ended."""
     from probes import terminal
-    from probes.report import Report
 
-    report = Report.of(records)
-    with console.status(Text("writing the report")):
-        report.save(run)
+    report = reported(console, run, records)
     console.print(terminal.summary(report, run.path))
 
 

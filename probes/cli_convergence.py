@@ -24,12 +24,12 @@ from probes.command import (
     command_line,
     consoles,
     follow,
-    names,
     one_sentence,
     opened,
     option,
     prepare,
     size_in_bytes,
+    task_arguments,
     with_options_of,
 )
 from probes.records import Point, Record
@@ -96,8 +96,7 @@ def probe_convergence(
             from probes.provenance import provenance
             from probes.tasks import load_task
 
-            wanted = {n: options[n] for n in TASK} | {n: names(options[n]) for n in ("targets", "labels")}
-            task = load_task(wanted.pop("model"), wanted.pop("data"), **wanted)
+            task = load_task(**task_arguments(options))
         with terminal.Bar(console) as bar:
             done = run.done if run is not None else []
             stream = convergence.run(task, settings, bar.phase, provenance(), dry=run is None, done=done)
@@ -131,12 +130,12 @@ def from_toml(
 
 def finish(console: Console, run: rundir.RunFolder, records: list[Record]) -> int:
     """Report, figures and summary; returns how many checks failed."""
-    from probes import convergence_report
+    from probes import convergence_report, terminal
 
     with console.status(Text("writing the report")):
         convergence_report.save(records, run)
     console.print(convergence_report.summary(records))
-    console.print(Text.assemble(("report  ", "dim"), (str(run.path / "report.md"), "bold")))
+    console.print(terminal.place(run.path / "report.md"))
     return len(convergence_report.failed(records))
 
 

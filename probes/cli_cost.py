@@ -22,11 +22,12 @@ from probes.command import (
     command_line,
     consoles,
     follow,
-    names,
     one_sentence,
     opened,
     option,
     quiet,
+    reported,
+    task_arguments,
     with_options_of,
 )
 from probes.records import Record
@@ -82,9 +83,7 @@ def probe_cost(
                 tuple(peft.split()), rounds=rounds, memory=memory, device=options["device"],
                 seed=options["seed"], micro_batch=options["micro_batch"],
             )  # fmt: skip
-            loading = {n: options[n] for n in SHARED if n in TASK and n != "device"} | {
-                n: names(options[n]) for n in ("targets", "labels")
-            }
+            loading = task_arguments(options)
         with terminal.Bar(console) as bar:
             done = run.done if run is not None else []
             stream = cost.run(loading, settings, done, bar.phase, provenance(), dry=run is None)
@@ -112,16 +111,13 @@ def chosen(text: str | None, default: tuple[str, ...]) -> tuple[str, ...]:
 def finish(console: Console, run: rundir.RunFolder, records: list[Record]) -> None:
     """Report, figures and the answer from the records of a run that ended."""
     from probes import markdown_cost, terminal
-    from probes.report import Report
 
-    report = Report.of(records)
-    with console.status(Text("writing the report")):
-        report.save(run)
+    report = reported(console, run, records)
     for sentence in markdown_cost.answers(report):
         console.print(Text(terminal.plain(sentence)), soft_wrap=True)
     for warning in report.warnings:
         console.print(terminal.warning(warning))
-    console.print(Text.assemble(("report  ", "dim"), (str(run.path / "report.md"), "bold")))
+    console.print(terminal.place(run.path / "report.md"))
 
 
 def cost() -> None:

@@ -22,11 +22,12 @@ from probes.command import (
     command_line,
     consoles,
     follow,
-    names,
     one_sentence,
     opened,
     option,
     prepare,
+    reported,
+    task_arguments,
     with_options_of,
 )
 from probes.markdown import interval, number
@@ -94,8 +95,7 @@ def probe_estimators(
                 precision=precision, max_draws=max_draws, directions=directions, mus=steps, q=q, batch_size=options["batch_size"],
                 micro_batch=options["micro_batch"],
             )  # fmt: skip
-            wanted = {n: options[n] for n in TASK} | {n: names(options[n]) for n in ("targets", "labels")}
-            task = load_task(wanted.pop("model"), wanted.pop("data"), **wanted)
+            task = load_task(**task_arguments(options))
         with terminal.Bar(console) as bar:
             done = run.done if run is not None else []
             stream = estimators.run(task, settings, done, bar.phase, provenance(), dry=run is None)
@@ -109,11 +109,8 @@ def finish(console: Console, run: rundir.RunFolder, records: list[Record]) -> No
     """Report, figures and a table of the groups' laws from the records of a run that ended."""
     from probes import terminal
     from probes.markdown_estimators import far, measured, predicted, scaled
-    from probes.report import Report
 
-    report = Report.of(records)
-    with console.status(Text("writing the report")):
-        report.save(run)
+    report = reported(console, run, records)
     for group in [b for b in report.blocks if b.name == b.group]:
         rows = []
         for e in (e for e in report.all(Estimator) if e.block == group.name):
@@ -133,7 +130,7 @@ def finish(console: Console, run: rundir.RunFolder, records: list[Record]) -> No
     if estimated is not None:
         console.print(terminal.cost(estimated, actual))
     console.print(*map(terminal.warning, report.warnings), sep="\n") if report.warnings else None
-    console.print(Text.assemble(("report  ", "dim"), (str(run.path / "report.md"), "bold")))
+    console.print(terminal.place(run.path / "report.md"))
 
 
 def _positive(text: str) -> float:

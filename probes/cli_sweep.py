@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,6 +16,7 @@ from rich.text import Text
 from hybridtheory.errors import UserError
 from probes import rundir
 from probes.command import MACHINE, OUTPUT, command_line, consoles, one_sentence, opened, option
+from probes.interrupts import again
 from probes.records import End
 
 SWEEP, REGISTERED = "Sweep", "Predictions"
@@ -121,14 +120,14 @@ def hybrid_sweep(
             return _finish(console, run)
         from probes.provenance import provenance
 
-        with _following(console, run, folder), _bar(console) as said:
+        with _following(run, folder), _bar(console) as said:
             sweep = Sweep(study, run.append, said, pool, until, str(folder / "cells"), registered)
             finished = sweep.run(run.done, provenance())
             run.append(End("finished" if finished else "interrupted", "" if finished else "the slice ended"))
         _finish(console, run)
         if not finished:
             done, known = len(sweep.cells), sweep.expected()
-            console.print(Text(f"{done} of at least {known} runs are done; to go on: {_again(folder)}"), soft_wrap=True)
+            console.print(Text(f"{done} of at least {known} runs are done; to go on: {again(folder)}"), soft_wrap=True)
             raise typer.Exit(3)
 
 
@@ -200,22 +199,14 @@ def _bar(console: Console) -> Iterator[Any]:
 
 
 @contextmanager
-def _following(console: Console, run: rundir.RunFolder, folder: Path) -> Iterator[None]:
+def _following(run: rundir.RunFolder, folder: Path) -> Iterator[None]:
     """Whatever stops the sweep, the user learns what is kept and how to go on."""
     try:
         yield
     except BaseException as error:
         if run.started:
-            error.add_note(f"finished runs are kept in {folder}; to go on: {_again(folder)}")
+            error.add_note(f"finished runs are kept in {folder}; to go on: {again(folder)}")
         raise
-
-
-def _again(folder: Path) -> str:
-    """The command that goes on."""
-    arguments = [a for a in sys.argv[1:] if a != "--resume"]
-    if not any(a == "--out" or a.startswith("--out=") for a in arguments):
-        arguments += ["--out", str(folder)]
-    return shlex.join([Path(sys.argv[0]).name, *arguments, "--resume"])
 
 
 def _finish(console: Console, run: rundir.RunFolder) -> None:

@@ -18,14 +18,15 @@ from probes.command import (
     TASK,
     WHAT,
     check_numbers,
+    choose_folder,
     command_line,
     consoles,
     first,
     follow,
-    names,
     one_sentence,
     option,
     prepare,
+    task_arguments,
     with_options_of,
 )
 from probes.interrupts import asking, noting
@@ -35,6 +36,8 @@ TRAINING, RATES, SCORES = "Training", "Learning rates", "Evaluation"
 
 # What is trained is said as in the probes; but all rows take part, not a few.
 SHARED = tuple(name for name in TASK if name != "rows")
+PROBE = "-probe"  # the folder of the rates that --lr auto measures first: that of the run with this suffix
+PROBE_ROWS = 12  # that they are measured on
 
 app = command_line()
 
@@ -120,7 +123,7 @@ def hybrid_train(
         seed = loading["seed"]
         check_numbers(seed=seed, micro_batch=micro_batch, alpha=loading["alpha"], mu=mu)
         model, data = loading.pop("model"), loading.pop("data")
-        loading |= {n: names(loading[n]) for n in ("targets", "labels")}
+        loading = task_arguments(loading)
         if method == "?":
             return console.print(train_text.catalogue())
         if master not in ("none", "fp32"):
@@ -144,8 +147,8 @@ def hybrid_train(
                 table,
                 {"model_sha256": None, "data": None, "mu": mu, "q": q, "law": "gaussian", "batch_size": batch},
             )
-        folder = choose_folder(model, data, out, resume)
-        probed = folder.with_name(folder.name + "-probe")
+        folder = choose_folder("train", model, data, out, resume, begins_in=PROBE)
+        probed = folder.with_name(folder.name + PROBE)
         begun = (folder / rundir.RECORDS).exists()
         if resume and not begun and not (auto and probed.exists()):
             raise UserError(f"--resume: {folder} holds no run: leave --resume out to start one")
@@ -234,20 +237,6 @@ def probe(
             records = follow(stream, run, console, bar, False)
         finish(console, run, records)
     return folder
-
-
-PROBE_ROWS = 12  # as probe-smoothness itself
-
-
-def choose_folder(model: str | None, data: str | None, out: Path | None, resume: bool) -> Path:
-    """--out, or a free name under runs/; with --resume the latest name that is taken, by the run or by its probe."""
-    if out is not None:
-        return out
-    model, data = model or "embedded", data or "sentiment"
-    free = rundir.default_folder("train", model, data)
-    if not resume or free.with_name(free.name + "-probe").exists():
-        return free
-    return rundir.latest_folder("train", model, data) or free
 
 
 def _board(folder: Path, done: list[Record]) -> Any:

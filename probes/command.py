@@ -10,15 +10,13 @@ import inspect
 import math
 import os
 import re
-import shlex
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
@@ -26,7 +24,11 @@ from rich.text import Text
 
 from hybridtheory.errors import UserError
 from probes import rundir
+from probes.interrupts import again
 from probes.records import Cost, End, Header, Point, Preflight, Record, Secant, Warning
+
+if TYPE_CHECKING:
+    from probes.report import Report
 
 WHAT, ADAPTER, MEASURE, PLAN, MACHINE, OUTPUT = (
     "Model and data",
@@ -140,19 +142,22 @@ def kept(run: rundir.RunFolder, records: list[Record], words: Mapping[type, str]
     """What survives, and the command that goes on."""
     counts = {word: sum(isinstance(r, kind) for r in records) for kind, word in words.items()}
     measured = " and ".join(f"{n} {word}{'s'[: n != 1]}" for word, n in counts.items())
-    arguments = [a for a in sys.argv[1:] if a != "--resume"]
-    if not any(a == "--out" or a.startswith("--out=") for a in arguments):
-        arguments += ["--out", str(run.path)]
-    command = shlex.join([Path(sys.argv[0]).name, *arguments, "--resume"])
-    return f"{measured} are kept in {run.path}; to go on: {command}"
+    return f"{measured} are kept in {run.path}; to go on: {again(run.path)}"
 
 
-def choose_folder(probe: str, model: str | None, data: str | None, out: Path | None, resume: bool) -> Path:
-    """--out, or a free name under runs/; with --resume the latest name that is taken."""
+def choose_folder(
+    probe: str, model: str | None, data: str | None, out: Path | None, resume: bool, begins_in: str = ""
+) -> Path:
+    """--out, or a free name under runs/; with --resume the latest name that is taken, by the run or by the folder with the suffix
+    ``begins_in`` that it fills first.
+    """
     if out is not None:
         return out
     model, data = model or "embedded", data or "sentiment"
-    found = rundir.latest_folder(probe, model, data) if resume else rundir.default_folder(probe, model, data)
+    free = rundir.default_folder(probe, model, data)
+    if not resume or (begins_in and free.with_name(free.name + begins_in).exists()):
+        return free
+    found = rundir.latest_folder(probe, model, data)
     if found is None:
         raise UserError(f"--resume: there is no run of {model} on {data} under runs/: give its folder as --out")
     return found
@@ -166,6 +171,16 @@ def opened(console: Console, stack: ExitStack, folder: Path, resume: bool) -> ru
     elif run.dropped:
         console.print(Text(f"! {run.dropped}", style="yellow"))
     return run
+
+
+def reported(console: Console, run: rundir.RunFolder, records: list[Record]) -> Report:
+    """The report of a run that ended, with everything that its folder holds of it written."""
+    from probes.report import Report
+
+    report = Report.of(records)
+    with console.status(Text("writing the report")):
+        report.save(run)
+    return report
 
 
 def size_in_bytes(text: str | None) -> int | None:
@@ -201,6 +216,11 @@ def names(text: str | None) -> list[str] | str | None:
     if not parts:
         raise UserError("an empty list of names was given: leave the option out, or name at least one")
     return text if any(c in text for c in "*+?()[]|^$\\") else parts
+
+
+def task_arguments(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `load_task` among a command's ``options``, lists of names read as such."""
+    return {n: names(options[n]) if n in ("targets", "labels") else options[n] for n in TASK if n in options}
 
 
 def prepare() -> None:

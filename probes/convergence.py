@@ -27,8 +27,9 @@ from probes.convergence_checks import checks, constants
 from probes.convergence_settings import LAWS, Settings
 from probes.cost_estimate import Meter, timed
 from probes.given import Given
-from probes.records import BlockPoint, Cost, End, Point, Recommendation, Record, Warning
+from probes.records import Cost, End, Point, Recommendation, Record, Warning
 from probes.records_convergence import Descent, Nearby, Trajectory
+from probes.records_smoothness import BlockPoint
 from probes.setup import Probe as Setup
 from probes.setup import header
 from probes.smoothness import Progress

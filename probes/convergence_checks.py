@@ -14,8 +14,9 @@ from hybridtheory.theory.checks import Check, check_bound
 from hybridtheory.theory.descent import Mean, compare, rate_exponent
 from hybridtheory.theory.held import THEOREMS, evidence, hold
 from probes.convergence_settings import PLAIN
-from probes.records import BlockPoint, Point, Record
+from probes.records import Point, Record
 from probes.records_convergence import Checked, Constants, Descent, Exponent, Nearby, Trajectory
+from probes.records_smoothness import BlockPoint
 from probes.setup import Probe
 
 TOLERANCE = {"quadratic": 0.10, "fitted": 0.15}

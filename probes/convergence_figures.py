@@ -17,7 +17,7 @@ from matplotlib.patches import Patch
 from hybridtheory.theory.held import Evidence, hold
 from probes import rundir
 from probes.convergence_report import WORDS, all_of, seen
-from probes.figures import BLUE, GREY, RED, colours, grid, log_axis, style
+from probes.figures_style import BLUE, GREY, RED, colours, grid, log_axis, style, write
 from probes.markdown import number
 from probes.records import Record
 from probes.records_convergence import Checked, Descent, Exponent
@@ -42,17 +42,7 @@ def drawn(records: Sequence[Record]) -> dict[str, Figure]:
 
 def save(records: Sequence[Record], folder: rundir.RunFolder) -> list[Path]:
     """figures/NAME.png and .pdf."""
-    paths = []
-    for name, figure in drawn(records).items():
-        for suffix in ("png", "pdf"):
-            metadata: dict[str, Any] = {"CreationDate": None} if suffix == "pdf" else {"Software": None}
-
-            def write(path: Path, figure: Figure = figure, metadata: dict[str, Any] = metadata) -> None:
-                with style():
-                    figure.savefig(path, metadata=metadata)
-
-            paths.append(folder.write(f"figures/{name}.{suffix}", write))
-    return paths
+    return write(drawn(records), folder)
 
 
 def descent(records: Sequence[Record]) -> Figure | None:
@@ -180,27 +170,18 @@ def slack(records: Sequence[Record]) -> Figure | None:
     ax = figure.subplots()
     longest = 1.0
     for y, c in enumerate(found):
-        off = [
-            max(h.value / h.limit, h.limit / h.value)
-            for h in c.hypotheses
-            if not h.holds and h.value > 0 and h.limit > 0
-        ]
+        failed = [h for h in c.hypotheses if not h.holds and not math.isnan(h.factor)]
         if c.holds is not None and c.slack is not None:
             longest = max(longest, c.slack)
             ax.barh(y, c.slack, left=0, color=BLUE if c.holds else RED, height=0.6)
             ax.text(c.slack * 1.15, y, number(c.slack, 2), va="center", fontsize=7.5)
-        elif off:
-            longest = max(longest, *off)
-            ax.barh(y, max(off), color="0.85", height=0.6, hatch="///", edgecolor="0.6", lw=0.5)
-            worst = next(
-                h
-                for h in c.hypotheses
-                if not h.holds
-                and h.limit > 0
-                and h.value > 0
-                and math.isclose(max(h.value / h.limit, h.limit / h.value), max(off))
+        elif failed:
+            worst = max(failed, key=lambda h: h.factor)
+            longest = max(longest, worst.factor)
+            ax.barh(y, worst.factor, color="0.85", height=0.6, hatch="///", edgecolor="0.6", lw=0.5)
+            ax.text(
+                worst.factor * 1.15, y, f"{worst.name}: {number(worst.factor, 2)} times off", va="center", fontsize=7
             )
-            ax.text(max(off) * 1.15, y, f"{worst.name}: {number(max(off), 2)} times off", va="center", fontsize=7)
         else:
             ax.text(1.15, y, (c.note or "does not apply here")[:80], va="center", fontsize=7, color=GREY)
     ax.axvline(1.0, color="black", lw=0.8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -199,7 +200,7 @@ def bounds(records: Sequence[Record]) -> list[str]:
 
 def off(h: Hypothesis) -> str:
     """By what factor a hypothesis fails."""
-    return f", {number(max(h.value / h.limit, h.limit / h.value), 2)} times off" if h.value > 0 and h.limit > 0 else ""
+    return "" if math.isnan(h.factor) else f", {number(h.factor, 2)} times off"
 
 
 def constants(records: Sequence[Record]) -> list[str]:

@@ -112,7 +112,7 @@ def run(
 ) -> Iterator[Record]:
     """Measure, record by record. ``done``: records of the run that is resumed.
 
-    loading  arguments of `load_task` but ``peft`` and ``device``, which the settings have. It is loaded anew in every process.
+    loading  arguments of `load_task` but ``peft``; the device is that of the settings. It is loaded anew in every process.
     """
     started, jobs = time.perf_counter(), settings.jobs()
     loading = {**loading, "device": settings.device}

@@ -16,7 +16,8 @@ from probes.closed_forms import Given as Facts
 from probes.closed_forms import Predicted, mode_of
 from probes.draws import CAPTURED, COLUMNS, HG, TESTS, G, R
 from probes.laws import Member
-from probes.records import Compared, Cosines, Estimator
+from probes.records import Estimator
+from probes.records_estimators import Compared, Cosines
 from probes.subspaces import keeps, projects
 
 BINS = 40

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from probes.figures import BLUE, GREEN, GREY, ORANGE, PINK
+from probes.figures_style import BLUE, GREEN, GREY, ORANGE, PINK
 from probes.records import StepMemory, StepTime
 
 if TYPE_CHECKING:

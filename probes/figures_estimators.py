@@ -13,9 +13,10 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from scipy import stats
 
-from probes.figures import BLUE, GREEN, GREY, ORANGE, PINK, RED, log_axis, tick
+from probes.figures_style import BLUE, GREEN, GREY, ORANGE, PINK, RED, log_axis, tick
 from probes.markdown import number
-from probes.records import Budget, Compared, Cosines, Estimator
+from probes.records import Budget, Estimator
+from probes.records_estimators import Compared, Cosines
 
 if TYPE_CHECKING:
     from probes.report import Report

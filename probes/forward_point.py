@@ -19,8 +19,9 @@ from hybridtheory import forward
 from hybridtheory.blocks import Block
 from hybridtheory.errors import UserError
 from hybridtheory.oracle import Oracle
-from probes import point
-from probes.records import BlockPoint, Point, Warning
+from probes import point, point_scale
+from probes.records import Point, Warning
+from probes.records_smoothness import BlockPoint
 
 # Directions of ‖g‖² in units of those of the finite-scale rule, whose control variate rests on it: a slope costs two values, a rung of
 # the rule as many as it has rates.
@@ -45,7 +46,7 @@ def measure(
         )
     made: dict[str, BlockPoint] = {}
     scales: dict[str, Any] = {"phi": {}, "finite_scale": {}}
-    picked, share = point.training_batch(oracle, settings.batch_size, rows)
+    picked, share = point_scale.training_batch(oracle, settings.batch_size, rows)
     for block in (*groups, *(b for b in blocks if b.name not in {g.name for g in groups})):
         directions = SLOPES * settings.directions
         found = forward.slopes(oracle, block, settings.seed, settings.mu, directions, index)
@@ -60,12 +61,14 @@ def measure(
             continue
         if share < 1 and block.group == "base":
             found = forward.slopes(oracle, block, settings.seed, settings.mu, directions, index, picked)
-        phi, finite = point.at_finite_scale(oracle, block, made[block.name], loss, [], settings, rows, index, found)
+        phi, finite = point_scale.at_finite_scale(
+            oracle, block, made[block.name], loss, [], settings, rows, index, found
+        )
         if phi is not None:
             scales["phi"][block.name] = phi
         if finite is not None:
             scales["finite_scale"][block.name] = finite
-        made[block.name] = replace(made[block.name], at_scale=point.at_mu(phi, settings.mu))
+        made[block.name] = replace(made[block.name], at_scale=point_scale.at_mu(phi, settings.mu))
     norm = math.sqrt(sum(made[g.name].grad_norm ** 2 for g in groups))
     return Point(index, step, loss, norm, made, seconds=time.perf_counter() - started, **scales)
 

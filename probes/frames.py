@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from probes.records import Allocation, AtScale, Budget, Density, Estimate, Estimator, Rates
+from hybridtheory.estimate import Estimate
+from probes.records import Allocation, Budget, Estimator, Rates
+from probes.records_smoothness import AtScale, Density
 
 if TYPE_CHECKING:
     from probes.report import Report

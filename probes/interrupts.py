@@ -1,4 +1,4 @@
-"""Ctrl-C and other ends of a training run: what is kept, and the command that goes on."""
+"""Ctrl-C and other ends of a run: what is kept, and the command that goes on."""
 
 from __future__ import annotations
 
@@ -58,11 +58,12 @@ def noting(folder: Path, run: rundir.RunFolder | None = None) -> Iterator[None]:
             if found
             else ""
         )
-        error.add_note(f"{kept}to go on: {command(folder)}")
+        error.add_note(f"{kept}to go on: {again(folder)}")
         raise
 
 
-def command(folder: Path) -> str:
+def again(folder: Path) -> str:
+    """The command line of this process with --resume and its folder: what goes on with the run."""
     arguments = [a for a in sys.argv[1:] if a != "--resume"]
     if not any(a == "--out" or a.startswith("--out=") for a in arguments):
         arguments += ["--out", str(folder)]

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from probes.markdown import cost, estimate, interval, number, percent, repeat, table, warnings
-from probes.records import Allocation, Budget, Compared, Estimator
+from probes.records import Allocation, Budget, Estimator
+from probes.records_estimators import Compared
 
 if TYPE_CHECKING:
     from probes.report import Report

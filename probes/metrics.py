@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from scipy import stats
 from scipy.special import log_softmax, logsumexp
 
+from probes.records_parts import Interval
+
 Array = NDArray[np.float64]
 Labels = NDArray[np.int64]
-Interval = tuple[float, float]
 
 
 def accuracy(predicted: Labels, label: Labels) -> tuple[float, Interval]:

@@ -11,18 +11,18 @@ from typing import Any
 
 import numpy as np
 
-from hybridtheory import curvature, extrapolation, forward, streams
+from hybridtheory import curvature, extrapolation, forward
 from hybridtheory.blocks import Block
 from hybridtheory.difference import Differences
 from hybridtheory.errors import UserError
 from hybridtheory.estimate import Estimate
-from hybridtheory.forward import Slopes
 from hybridtheory.oracle import Oracle, Products
 from hybridtheory.quadrature import negative_part
-from hybridtheory.theory.finite_scale import finite_scale, least, phi_trace
 from hybridtheory.vectors import Tensors, add_, dot
+from probes.point_scale import at_finite_scale, at_mu
 from probes.rates import coupled
-from probes.records import AtScale, BlockPoint, Density, FiniteScale, Phi, Point
+from probes.records import Point
+from probes.records_smoothness import BlockPoint, Density
 
 # A group's upper bound on lambda_max lies within this share of the spectrum's width: 14 products at d = 1e6, 16 at 1e8.
 BOUND = 0.25
@@ -204,20 +204,6 @@ def measure(
     )
 
 
-def at_mu(phi: Phi | None, mu: float) -> AtScale | None:
-    """The trace that a step of size mu sees."""
-    if phi is None or mu not in phi.delta:
-        return None
-    at = phi.delta.index(mu)
-    trace = Estimate(
-        2 * phi.mean[at] / mu**2,
-        stderr=2 * phi.stderr[at] / mu**2,
-        n=phi.n,
-        resolved=phi.stderr[at] <= abs(phi.mean[at]) / 3,
-    )
-    return AtScale(mu, {"trace": trace})
-
-
 def _curvature(
     hess: Products,
     group: Block,
@@ -342,153 +328,3 @@ def jackknife(forms: np.ndarray, shares: np.ndarray) -> float | None:
         return None
     left_out = (parts.sum() - parts) / (1 - shares)
     return float(math.sqrt((m - 1) / m * np.sum((left_out - left_out.mean()) ** 2)))
-
-
-def at_finite_scale(
-    oracle: Oracle,
-    group: Block,
-    point: BlockPoint,
-    loss: float,
-    gradient: Tensors,
-    settings: Settings,
-    rows: int,
-    index: int,
-    slopes_sq: Slopes | None = None,
-) -> tuple[Phi | None, FiniteScale | None]:
-    """phi(delta) and the finite-scale rule: forward passes along the same Gaussian directions.
-
-    ``slopes_sq``: the mean square of the slopes, from other directions, where the gradient and its noise are not known.
-    """
-    trace = point.trace.value if point.trace is not None else math.nan
-    deltas = _deltas(loss, trace, settings.mu)
-    curved = abs(trace) + (settings.q + 1) * abs(point.gHg.value if point.gHg is not None else 0.0)
-    zeroth = group.group == "base"
-    few = settings.directions if zeroth else max(settings.directions // 3, 4)
-    with_phi = max(few // 3, 2)
-    etas = (1.0 / curved) * 2.0 ** np.arange(-4, 4) if curved > 0 else np.array([])
-    batch, share = training_batch(oracle, settings.batch_size, rows)
-    plus, minus, slopes, changes = [], [], [], []
-    for j in range(few):
-        if not zeroth and j >= with_phi:
-            break
-        u = streams.gaussian(group, settings.seed, "finite scale", index, j)
-
-        def change(by: float, picked: list[int] | None = None, u: Tensors = u) -> float:
-            with oracle.moved(group, u, by):
-                return oracle.value(picked)
-
-        if j < with_phi:
-            up, down = ([change(sign * d) - loss for d in deltas] for sign in (1, -1))
-            plus.append(up)
-            minus.append(down)
-        if zeroth and len(etas):
-            c = (change(settings.mu, batch) - change(-settings.mu, batch)) / (2 * settings.mu)
-            slopes.append(c)
-            changes.append([change(-eta * c) - loss for eta in etas])
-    phi = _phi(deltas, np.array(plus), np.array(minus), trace)
-    if not zeroth:
-        return phi, _line_search(oracle, group, gradient, point, loss) if gradient else None
-    if not len(etas):
-        return phi, None
-    noise = point.noise.value if point.noise is not None and math.isfinite(point.noise.value) else 0.0
-    # Rows drawn without replacement from the measured ones: the variance of their mean shrinks to zero as they become all of them.
-    variance = noise / (share * rows) * (1 - share) if share < 1 else 0.0
-    mean = slopes_sq or Slopes(point.grad_norm**2 + variance, 0.0, 0)
-    return phi, _zo_rule(np.asarray(etas), np.array(changes), np.array(slopes), mean, settings.seed)
-
-
-def training_batch(oracle: Oracle, batch_size: int, rows: int) -> tuple[list[int] | None, float]:
-    """Micro-batches that make up one training batch (None: all), and their share of the weight."""
-    if batch_size >= rows:
-        return None, 1.0
-    picked: list[int] = []
-    share = 0.0
-    while share * rows < batch_size - 1e-9 and len(picked) < len(oracle.batches):
-        share += oracle.weights[len(picked)] / oracle.total_weight
-        picked.append(len(picked))
-    return (None, 1.0) if len(picked) == len(oracle.batches) else (picked, share)
-
-
-def _deltas(loss: float, trace: float, mu: float) -> list[float]:
-    """mu, and the displacements at which the quadratic model changes the loss by 1e-4 to 1 times itself."""
-    if not (math.isfinite(trace) and trace != 0):
-        return [mu]
-    wanted = [math.sqrt(2 * part * max(loss, 1e-2) / abs(trace)) for part in (1e-4, 1e-3, 1e-2, 1e-1, 0.5)]
-    return sorted({float(f"{d:.3g}") for d in wanted} | {mu})
-
-
-def _phi(deltas: list[float], plus: np.ndarray, minus: np.ndarray, trace: float) -> Phi | None:
-    finite = np.isfinite(plus).all(axis=0) & np.isfinite(minus).all(axis=0)
-    if not finite.any():
-        return None
-    kept = [d for d, ok in zip(deltas, finite, strict=True) if ok]
-    implied, stderr = phi_trace(kept, plus[:, finite], minus[:, finite])
-    half = np.array(kept) ** 2 / 2
-    # The fit's region: rungs whose implied trace agrees with the smallest resolved one within three of their standard errors.
-    resolved = [i for i in range(len(kept)) if stderr[i] <= abs(implied[i])]
-    anchor = resolved[0] if resolved else 0
-    same = [i for i in resolved if abs(implied[i] - implied[anchor]) <= 0.2 * abs(implied[anchor])]
-    # A first resolved rung that the unresolved ones below it contradict lies beyond the quadratic region: there is no fit.
-    if any(abs(implied[i] - implied[anchor]) > 3 * stderr[i] for i in range(anchor)):
-        same = []
-    fit = None
-    if same:
-        at = same[len(same) // 2]
-        fit = Estimate(
-            float(implied[at]), stderr=float(stderr[at]), n=len(plus), resolved=bool(stderr[at] <= abs(implied[at]) / 3)
-        )
-    return Phi(
-        delta=kept,
-        mean=(implied * half).tolist(),
-        stderr=(stderr * half).tolist(),
-        n=len(plus),
-        trace=fit,
-        fit_up_to=max(kept[i] for i in same) if same else None,
-    )
-
-
-def _zo_rule(etas: np.ndarray, changes: np.ndarray, slopes: np.ndarray, mean: Slopes, seed: int) -> FiniteScale | None:
-    finite = np.isfinite(changes).all(axis=0)
-    if finite.sum() < 3 or mean.g_sq <= 0:
-        return None
-    rule = finite_scale(etas[finite], changes[:, finite], slopes, mean.g_sq, mean.stderr, seed=seed)
-    note = "" if finite.all() else f"the loss overflowed at eta = {etas[~finite][0]:.2g} and above"
-    return FiniteScale(
-        eta=list(rule.etas),
-        change=list(rule.change),
-        stderr=list(rule.stderr),
-        eta_star=rule.step.value,
-        interval=rule.step.interval,
-        slopes_rms=float(np.sqrt(np.mean(slopes**2))),
-        n=rule.n,
-        at_edge=bool(rule.edge),
-        note="; ".join(
-            n for n in (rule.step.note, note, "" if rule.significant else "no significant decrease on the grid") if n
-        ),
-    )
-
-
-def _line_search(oracle: Oracle, group: Block, gradient: Tensors, point: BlockPoint, loss: float) -> FiniteScale | None:
-    """The first-order twin of the rule: f(y - eta g_y) on a grid around 1/lambda_max; one direction, no sampling error."""
-    top = point.lam_max.value if point.lam_max is not None else 0.0
-    if not top > 0 or point.grad_norm == 0:
-        return None
-    etas: list[float] = []
-    changes: list[float] = []
-    # From an eighth of 1/lambda_max on by factors of two, until the loss has risen twice in a row: at B = 0 an adapter's
-    # curvature says little about how far its gradient leads.
-    for k in range(-3, 13):
-        etas.append(2.0**k / top)
-        with oracle.moved(group, gradient, -etas[-1]):
-            changes.append(oracle.value() - loss)
-        if not math.isfinite(changes[-1]) or (k >= 1 and changes[-1] > changes[-2] > changes[-3]):
-            break
-    finite = np.isfinite(changes)
-    if finite.sum() < 3:
-        return None
-    kept, curve = np.array(etas)[finite], np.array(changes)[finite]
-    best, edge = least(kept, curve)
-    return FiniteScale(
-        eta=kept.tolist(), change=curve.tolist(), stderr=[0.0] * len(kept), eta_star=best, interval=None,
-        slopes_rms=point.grad_norm, n=1, at_edge=edge, note="along the gradient itself: one direction, no sampling error",
-    )  # fmt: skip

@@ -16,7 +16,8 @@ from typing import Any
 
 from hybridtheory.errors import UserError
 from probes import rundir
-from probes.records import Header, Rate, Rates, Recommendation
+from probes.records import Header, Rates, Recommendation
+from probes.records_smoothness import Rate
 from probes.records_sweep import Cell, Predictions, SweepTask
 from probes.report import Report
 from probes.trainer_toml import limits

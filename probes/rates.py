@@ -12,7 +12,9 @@ from hybridtheory.estimate import Estimate
 from hybridtheory.theory import finite_scale as finite
 from hybridtheory.theory import recommend, stability, step_sizes
 from hybridtheory.theory.step_sizes import Step
-from probes.records import BlockPoint, Interval, Point, Rate, Rates, Recommendation
+from probes.records import Point, Rates, Recommendation
+from probes.records_parts import Interval
+from probes.records_smoothness import BlockPoint, Rate
 
 # A rule gives a step for the base, a step for the adapter, or the reason why it cannot.
 Given = Step | str

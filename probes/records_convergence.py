@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from hybridtheory.theory.checks import Hypothesis
-
-Interval = tuple[float, float]
+from probes.records_parts import Interval
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-Interval = tuple[float, float]
-
-
-VOLATILE = {"volatile": True}  # bytes and seconds differ between two runs of the same measurement
+from probes.records_parts import VOLATILE, Interval
 
 
 @dataclass(frozen=True)
@@ -17,7 +14,8 @@ class StepMemory:
     trained: parameters that the method moves. weights: after loading. inference: peak of one forward pass. kept: what stays between
     steps beyond the weights (optimizer state, factors of directions). perturbation, activations, update: peaks of the evaluations
     without gradient, of those with one, and of what follows the last evaluation; None where the method has none. peak: the largest.
-    formula: what theory.md's table predicts (None: it has no row for the method), largest: the biggest single perturbed tensor.
+    formula: what `hybridtheory.theory.cost` predicts (None: it has no formula for the method), largest: the biggest perturbed
+    tensor.
     """
 
     method: str

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from probes.records_parts import VOLATILE
+
 Ends = Literal["steps", "budget", "tokens", "seconds"]
 
 
@@ -42,7 +44,7 @@ class Predictions:
     sha256: str
     commit: str
     entries: list[dict[str, Any]]
-    head: str | None = field(default=None, metadata={"volatile": True})
+    head: str | None = field(default=None, metadata=VOLATILE)
 
 
 @dataclass(frozen=True)
@@ -85,5 +87,5 @@ class Cell:
     reason: str = ""
     predictions: str | None = None
     predictions_commit: str | None = None
-    seconds: float = field(default=0.0, metadata={"volatile": True})
-    clock: list[float] = field(default_factory=list, metadata={"volatile": True})
+    seconds: float = field(default=0.0, metadata=VOLATILE)
+    clock: list[float] = field(default_factory=list, metadata=VOLATILE)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from hybridtheory.errors import UserError
+from hybridtheory.estimate import Estimate
 from probes import jsonl, rundir
 from probes.records import (
     SCHEMA,
@@ -22,13 +23,11 @@ from probes.records import (
     BlockInfo,
     Budget,
     Cost,
-    Estimate,
     Estimator,
     Fit,
     Header,
     Point,
     Preflight,
-    Rate,
     Rates,
     Recommendation,
     Record,
@@ -38,6 +37,7 @@ from probes.records import (
     TrainStep,
     Warning,
 )
+from probes.records_smoothness import Rate
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -228,12 +228,10 @@ class Report:
 
     def markdown(self) -> str:
         """report.md."""
-        from probes import markdown, markdown_cost, markdown_estimators
+        from probes import markdown_cost, markdown_estimators, markdown_smoothness
 
-        text = {"estimators": markdown_estimators.text, "cost": markdown_cost.text}.get(
-            self.header.probe, markdown.text
-        )
-        return text(self)
+        own = {"estimators": markdown_estimators.text, "cost": markdown_cost.text}
+        return own.get(self.header.probe, markdown_smoothness.text)(self)
 
     def trainer_toml(self) -> str:
         """trainer.toml: the recommended rates and what they assume."""

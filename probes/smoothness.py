@@ -115,7 +115,7 @@ def _trajectory(probe: Probe, meter: Meter, done: Sequence[Record]) -> Iterator[
         assert walk is not None  # step 0 is always a point
         if step in at_secants:
             meter.phase("secants")
-            wanted = _moves(probe, step, last)
+            wanted = _moves(probe, last)
             known = [have_secants.get((step, b, m)) for b, m in wanted]
             if any(r is None for r in known):
                 found, position = _secants(probe, step, last)
@@ -243,7 +243,7 @@ class Walk:
         return total
 
 
-def _moves(probe: Probe, step: int, last: object) -> list[tuple[str, str]]:
+def _moves(probe: Probe, last: object) -> list[tuple[str, str]]:
     return [*((b.name, "gradient") for b in probe.all_blocks), *([("all", "trajectory")] if last is not None else [])]
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy import stats
 
+from probes.records_parts import Interval
 from probes.records_sweep import Cell
 from probes.sweep_lines import ENDED, Place, State
 
@@ -25,7 +26,6 @@ HELD_OUT = {
     "auc": "AUC",
     "f1": "F1",
 }
-Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)

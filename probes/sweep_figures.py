@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,8 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from probes.figures import BLUE, GREY, ORANGE, grid, log_axis, style
-from probes.figures import RED as WALL
+from probes.figures_style import BLUE, GREY, ORANGE, grid, log_axis, style, write
+from probes.figures_style import RED as WALL
 from probes.sweep_lines import State
 from probes.sweep_scores import Score, unit
 
@@ -46,15 +45,7 @@ def drawn(report: SweepReport) -> dict[str, Figure]:
 
 def save(report: SweepReport, folder: RunFolder) -> None:
     """figures/NAME.png and .pdf."""
-    for title, figure in drawn(report).items():
-        for suffix in ("png", "pdf"):
-            metadata: dict[str, Any] = {"CreationDate": None} if suffix == "pdf" else {"Software": None}
-
-            def write(path: Path, figure: Figure = figure, metadata: dict[str, Any] = metadata) -> None:
-                with style():
-                    figure.savefig(path, metadata=metadata)
-
-            folder.write(f"figures/{title}.{suffix}", write)
+    write(drawn(report), folder)
 
 
 def name(what: str, task: str, method: str, horizon: str, amount: float) -> str:

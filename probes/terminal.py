@@ -16,8 +16,11 @@ from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Ta
 from rich.table import Table
 from rich.text import Text
 
-from probes.markdown import RULE_NAMES, count, estimate, interval, memory, number, seconds
-from probes.records import Cost, Estimate, Header, Preflight, Rate, Warning
+from hybridtheory.estimate import Estimate
+from probes.markdown import count, estimate, interval, memory, number, seconds
+from probes.markdown_rates import RULE_NAMES
+from probes.records import Cost, Header, Preflight, Warning
+from probes.records_smoothness import Rate
 from probes.report import Report
 
 
@@ -146,6 +149,10 @@ def warning(found: Warning) -> Text:
     return Text(f"! {found.text}", style="yellow")
 
 
+def place(report: Path) -> Text:
+    return Text.assemble(("report  ", "dim"), (str(report), "bold"))
+
+
 def summary(report: Report, folder: Path) -> RenderableType:
     """The numbers a user came for, in one screen."""
     parts: list[RenderableType] = [Text("")]
@@ -157,7 +164,7 @@ def summary(report: Report, folder: Path) -> RenderableType:
         parts += [Text(""), cost(estimated, actual)]
     parts += [Text(""), *map(warning, report.warnings)] if report.warnings else []
     name = "report.md" if report.finished else "records.jsonl"
-    return Group(*parts, Text(""), Text.assemble(("report  ", "dim"), (str(folder / name), "bold")))
+    return Group(*parts, Text(""), place(folder / name))
 
 
 def smoothness(report: Report, most: int = 12) -> list[RenderableType]:

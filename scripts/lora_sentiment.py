@@ -7,22 +7,18 @@ prediction is the likelier of the two label words. Learning rate and epochs were
 """
 
 import argparse
-import gzip
-import json
 import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from film_training import ANSWERS, DATA, PROMPT, descend, snippets
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-DATA = Path(__file__).parents[1] / "probes" / "data"
-PROMPT, ANSWERS = " It was", (" terrible", " great")
 
 
 @dataclass(frozen=True)
@@ -52,8 +48,7 @@ class LabelWords:
         self.model = get_peft_model(base, config).eval()
 
     def rows(self, split: str) -> list[tuple[list[int], int]]:
-        with gzip.open(DATA / "sentiment" / f"{split}.jsonl.gz", "rt", encoding="utf-8") as lines:
-            records = [json.loads(line) for line in lines]
+        records = snippets(split)
         room = self.tokenizer.model_max_length - len(self.prompt)
         texts = self.tokenizer([r["text"] for r in records])["input_ids"]
         return [(ids[:room] + self.prompt, r["label"]) for ids, r in zip(texts, records)]
@@ -89,17 +84,17 @@ def train(
     optimizer = torch.optim.AdamW([p for p in task.model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
     steps = int(epochs * len(everything) / 32)
     order: list[tuple[list[int], int]] = []
-    for step in range(steps):
+
+    def loss() -> Tensor:
+        nonlocal order
         if len(order) < 32:
             order = rng.sample(everything, len(everything))
         batch, order = order[:32], order[32:]
         logits, labels = task.logits(batch)
-        loss = cross_entropy(logits, task.words[labels])
-        optimizer.zero_grad()
-        loss.backward()
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min((step + 1) / 10, 1 - step / steps)
-        optimizer.step()
+        return cross_entropy(logits, task.words[labels])
+
+    for _ in descend(task.model, optimizer, lambda t: min((t + 1) / 10, 1 - t / max(steps, 1)), steps, loss):
+        pass
     return task
 
 

@@ -13,26 +13,34 @@ embeddings stay so short that no hidden state can make them likely, and LoRA has
 """
 
 import argparse
-import gzip
 import json
 import math
 import random
 import tarfile
 import time
-from collections import Counter
 from pathlib import Path
 
 import torch
+from film_training import (
+    ANSWERS,
+    DATA,
+    LENGTH,
+    PROMPT,
+    Pool,
+    cosine,
+    descend,
+    film,
+    loss_of,
+    next_token_loss,
+    unigram_loss,
+)
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from torch.nn.functional import cross_entropy
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-DATA = Path(__file__).parents[1] / "probes" / "data"
-VOCABULARY, LENGTH, SEED = 2048, 128, 0
+VOCABULARY, SEED = 2048, 0
 BOS, PAD = "<|bos|>", "<|pad|>"
 # Label words of the usual prompts get one token each; a 2,048-word vocabulary would split most of them.
 LABEL_WORDS = " great terrible good bad Yes No Maybe"
-PROMPT, ANSWERS, PROMPTED = " It was", (" terrible", " great"), 0.25
 CARD = """---
 license: apache-2.0
 library_name: transformers
@@ -61,11 +69,6 @@ are under Apache-2.0.
 """
 
 
-def film(split: str) -> list[str]:
-    with gzip.open(DATA / "sentiment" / f"{split}.jsonl.gz", "rt", encoding="utf-8") as lines:
-        return [json.loads(line)["text"] for line in lines]
-
-
 def archived(path: Path, since: int = 0) -> list[str]:
     """Texts of an npm archive's JSON files, in name order; `since` drops addresses of earlier years."""
     with tarfile.open(path) as files:
@@ -92,47 +95,6 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe, bos_token=BOS, eos_token=BOS, pad_token=PAD, model_max_length=LENGTH, padding_side="right"
     )
-
-
-def packed(documents: list[list[int]], endings: list[list[int]], rng: random.Random) -> list[list[int]]:
-    """Rows of exactly LENGTH + 1 tokens, documents in a fresh order; each document starts with the BOS token.
-
-    endings  token lists, one of which follows a document with probability PROMPTED; drawn anew at every call.
-    """
-    order = documents[:]
-    rng.shuffle(order)
-    stream: list[int] = []
-    for document in order:
-        stream += document
-        if endings and rng.random() < PROMPTED:
-            stream += rng.choice(endings)
-    offset = rng.randrange(LENGTH)
-    return [stream[i : i + LENGTH + 1] for i in range(offset, len(stream) - LENGTH, LENGTH)]
-
-
-def loss_of(model: GPT2LMHeadModel, documents: list[list[int]], pad: int) -> float:
-    """Mean nats a token over whole documents, each from its own BOS on (the BOS itself is never predicted)."""
-    model.eval()
-    total, count = 0.0, 0
-    documents = sorted(documents, key=len)
-    with torch.no_grad():
-        for i in range(0, len(documents), 64):
-            rows = [torch.tensor(d[: LENGTH + 1]) for d in documents[i : i + 64]]
-            ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
-            logits = model(ids[:, :-1], attention_mask=(ids[:, :-1] != pad).long()).logits
-            target = ids[:, 1:].masked_fill(ids[:, 1:] == pad, -100)
-            total += cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="sum").item()
-            count += int((target != -100).sum())
-    model.train()
-    return total / count
-
-
-def unigram_loss(train: list[list[int]], held_out: list[list[int]]) -> float:
-    """Nats a token of the best context-free model: train frequencies with one added to every count."""
-    counts = Counter(token for d in train for token in d[1:])
-    total = sum(counts.values()) + VOCABULARY
-    tokens = [token for d in held_out for token in d[1:]]
-    return -sum(math.log((counts[token] + 1) / total) for token in tokens) / len(tokens)
 
 
 def main() -> None:
@@ -177,50 +139,33 @@ def main() -> None:
     plain = [p for p in model.parameters() if p.dim() == 1 or p in embeddings]
     groups = [{"params": decay, "weight_decay": args.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98))
-    warmup = 100
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda t: min((t + 1) / warmup, 0.02 + 0.98 * (1 + math.cos(math.pi * t / args.steps)) / 2)
-    )
-
-    pools: dict[str, list[list[int]]] = {"film": [], "prose": []}
-    sources = {"film": tokens["train"], "prose": prose_tokens}
     answers = [tokenizer(PROMPT + answer, add_special_tokens=False)["input_ids"] for answer in ANSWERS]
-    endings = {"film": answers, "prose": []}
-    best, start, seen = math.inf, time.process_time(), 0
-    for step in range(1, args.steps + 1):
-        rows = []
-        for _ in range(args.rows):
-            name = "film" if rng.random() < args.film else "prose"
-            if not pools[name]:
-                pools[name] = packed(sources[name], endings[name], rng)
-                rng.shuffle(pools[name])
-            rows.append(pools[name].pop())
-        ids = torch.tensor(rows)  # (rows, LENGTH + 1)
-        loss = cross_entropy(model(ids[:, :-1]).logits.flatten(0, 1), ids[:, 1:].flatten())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        seen += ids[:, 1:].numel()
+    pools = {"film": Pool(tokens["train"], answers, rng), "prose": Pool(prose_tokens, [], rng)}
+
+    def loss() -> torch.Tensor:
+        rows = [pools["film" if rng.random() < args.film else "prose"].row() for _ in range(args.rows)]
+        return next_token_loss(model, rows)
+
+    best, start = math.inf, time.process_time()
+    for step, batch in descend(model, optimizer, cosine(100, args.steps), args.steps, loss, clip=1.0):
         if step % args.check == 0 or step == args.steps:
             dev = loss_of(model, tokens["dev"], tokenizer.pad_token_id)
             minutes = (time.process_time() - start) / 60
-            print(f"step {step}: batch {loss.item():.3f}, dev {dev:.3f}, {minutes:.1f} min", flush=True)
+            print(f"step {step}: batch {batch:.3f}, dev {dev:.3f}, {minutes:.1f} min", flush=True)
             if dev < best:
                 best, kept = dev, {name: value.clone() for name, value in model.state_dict().items()}
-                kept_step, kept_seen = step, seen
+                kept_step = step
     model.load_state_dict(kept)
 
     # Dropout belongs to the training above; the shipped configuration measures without it.
     config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
     losses = {split: loss_of(model, part, tokenizer.pad_token_id) for split, part in tokens.items()}
-    unigram = unigram_loss(tokens["train"], tokens["test"])
+    unigram = unigram_loss(tokens["train"], tokens["test"], VOCABULARY)
     model.eval().save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     card = CARD.format(
         parameters=parameters, layers=args.layers, width=args.width, heads=args.heads, context=LENGTH,
-        vocabulary=VOCABULARY, bos=BOS, tokens=kept_seen, steps=kept_step,
+        vocabulary=VOCABULARY, bos=BOS, tokens=kept_step * args.rows * LENGTH, steps=kept_step,
         minutes=(time.process_time() - start) / 60, unigram=unigram, ratio=losses["test"] / unigram, **losses,
     )  # fmt: skip
     (args.out / "README.md").write_text(card, encoding="utf-8")

@@ -9,14 +9,24 @@ word drawn by coin, as for the embedded model (`scripts/train_embedded.py`). Dev
 from __future__ import annotations
 
 import argparse
-import math
 import random
 import time
 from pathlib import Path
 
 import torch
-from torch.nn.functional import cross_entropy
-from train_embedded import ANSWERS, DATA, LENGTH, PROMPT, film, loss_of, packed, unigram_loss
+from film_training import (
+    ANSWERS,
+    DATA,
+    LENGTH,
+    PROMPT,
+    Pool,
+    cosine,
+    descend,
+    film,
+    loss_of,
+    next_token_loss,
+    unigram_loss,
+)
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 SEED = 0
@@ -62,7 +72,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(DATA / "embedded")
     tokens = {split: tokenizer(film(split))["input_ids"] for split in ("train", "dev", "test")}
     answers = [tokenizer(PROMPT + answer, add_special_tokens=False)["input_ids"] for answer in ANSWERS]
-    unigram = unigram_loss(tokens["train"], tokens["test"])
+    unigram = unigram_loss(tokens["train"], tokens["test"], len(tokenizer))
     special = {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
@@ -72,30 +82,16 @@ def main() -> None:
     for name, (what, model) in models(len(tokenizer), **special).items():
         rng = random.Random(SEED)
         optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.1)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda t: min((t + 1) / 50, 0.02 + 0.98 * (1 + math.cos(math.pi * t / args.steps)) / 2)
-        )
-        pool: list[list[int]] = []
+        pool = Pool(tokens["train"], answers, rng)
+
+        def loss(model: torch.nn.Module = model, pool: Pool = pool) -> torch.Tensor:
+            return next_token_loss(model, [pool.row() for _ in range(args.rows)])
+
         start = time.process_time()
-        for step in range(1, args.steps + 1):
-            rows = []
-            for _ in range(args.rows):
-                if not pool:
-                    pool = packed(tokens["train"], answers, rng)
-                    rng.shuffle(pool)
-                rows.append(pool.pop())
-            ids = torch.tensor(rows)  # (rows, LENGTH + 1)
-            loss = cross_entropy(model(ids[:, :-1]).logits.flatten(0, 1), ids[:, 1:].flatten())
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
+        for step, batch in descend(model, optimizer, cosine(50, args.steps), args.steps, loss, clip=1.0):
             if step % 200 == 0:
-                print(
-                    f"{name}, step {step}: batch {loss.item():.3f}, {(time.process_time() - start) / 60:.1f} min",
-                    flush=True,
-                )
+                minutes = (time.process_time() - start) / 60
+                print(f"{name}, step {step}: batch {batch:.3f}, {minutes:.1f} min", flush=True)
         losses = {split: loss_of(model, tokens[split], tokenizer.pad_token_id) for split in ("dev", "test")}
         folder = args.out / name
         model.eval().save_pretrained(folder)

@@ -12,7 +12,9 @@ from dataclasses import replace
 
 import numpy as np
 
+from hybridtheory.estimate import Estimate
 from probes import records as R
+from probes import records_smoothness as S
 
 GROWTH = (1.0, 1.8, 2.6)  # curvature grows along the run
 
@@ -31,46 +33,46 @@ def block_names(blocks: str) -> list[tuple[str, str, int, float]]:
     return base + [(f"peft.layer.{i}", "peft", 100, 6.0 / (1 + 0.4 * i)) for i in range(4)]
 
 
-def block_point(name: str, d: int, top: float, grad_norm: float, rng: np.random.Generator) -> R.BlockPoint:
+def block_point(name: str, d: int, top: float, grad_norm: float, rng: np.random.Generator) -> S.BlockPoint:
     lam = spectrum(d, top, rng)
     trace, plus, square = lam.sum(), lam[lam > 0].sum(), (lam**2).sum()
     stderr = math.sqrt(2 * square / 24)
     weights, edges = np.histogram(lam, bins=80, density=False)
-    return R.BlockPoint(
+    return S.BlockPoint(
         grad_norm=grad_norm,
-        lam_max=R.Estimate(lam[-1], residual=1e-3 * top, upper=1.03 * lam[-1], confidence=0.99, n=22),
-        lam_min=R.Estimate(lam[0], residual=4e-3 * top, upper=1.1 * lam[0], confidence=0.99, n=22),
-        trace=R.Estimate(
+        lam_max=Estimate(lam[-1], residual=1e-3 * top, upper=1.03 * lam[-1], confidence=0.99, n=22),
+        lam_min=Estimate(lam[0], residual=4e-3 * top, upper=1.1 * lam[0], confidence=0.99, n=22),
+        trace=Estimate(
             trace + 0.4 * stderr,
             stderr=stderr,
             n=24,
             resolved=stderr < abs(trace) / 3,
             note="" if stderr < abs(trace) / 3 else "the standard error exceeds a third of the value after 24 vectors",
         ),
-        trace_plus=R.Estimate(plus, stderr=0.06 * plus, n=4),
-        trace_sq=R.Estimate(square, stderr=0.1 * square, n=4),
-        effective_rank=R.Estimate(plus / lam[-1], stderr=0.06 * plus / lam[-1], n=4),
-        density=R.Density((edges[1:] + edges[:-1]) / 2, weights / d, n=4),
-        gHg=R.Estimate(0.3 * top, n=1),
-        at_scale=R.AtScale(1e-3, {"trace": R.Estimate(1.1 * trace, stderr=stderr, n=24)})
+        trace_plus=Estimate(plus, stderr=0.06 * plus, n=4),
+        trace_sq=Estimate(square, stderr=0.1 * square, n=4),
+        effective_rank=Estimate(plus / lam[-1], stderr=0.06 * plus / lam[-1], n=4),
+        density=S.Density((edges[1:] + edges[:-1]) / 2, weights / d, n=4),
+        gHg=Estimate(0.3 * top, n=1),
+        at_scale=S.AtScale(1e-3, {"trace": Estimate(1.1 * trace, stderr=stderr, n=24)})
         if name.startswith("base")
         else None,
-        noise=R.Estimate(12 * grad_norm**2, stderr=grad_norm**2, n=16),
+        noise=Estimate(12 * grad_norm**2, stderr=grad_norm**2, n=16),
     )
 
 
-def phi(trace: float, rng: np.random.Generator) -> R.Phi:
+def phi(trace: float, rng: np.random.Generator) -> S.Phi:
     delta = np.geomspace(1e-4, 1e-1, 10)
     mean = 0.5 * trace * delta**2 * (1 + (delta / 2e-2) ** 2)
-    return R.Phi(delta, mean, 0.1 * mean, n=8, trace=R.Estimate(1.02 * trace, stderr=0.1 * trace, n=8), fit_up_to=3e-3)
+    return S.Phi(delta, mean, 0.1 * mean, n=8, trace=Estimate(1.02 * trace, stderr=0.1 * trace, n=8), fit_up_to=3e-3)
 
 
-def finite_scale(trace: float, g: float) -> R.FiniteScale:
+def finite_scale(trace: float, g: float) -> S.FiniteScale:
     eta = np.geomspace(0.05, 20, 9) / trace
     change = -eta * g**2 + 0.5 * eta**2 * trace * g**2 * (1 + eta * trace)
     change[-1] = math.inf
     best = eta[int(np.argmin(change))]
-    return R.FiniteScale(
+    return S.FiniteScale(
         eta, change, 0.05 * np.abs(change) + 0.01 * (eta * trace) ** 2, best, (best / 1.5, best * 1.5), 0.95 * g, 12
     )
 
@@ -124,8 +126,8 @@ def made_up_run(blocks: str = "group", complete: bool = True) -> list[R.Record]:
                 2.4 - 0.5 * index,
                 full,
                 points,
-                coupling=R.Estimate(18.0 * growth, residual=0.2, n=12),
-                margin=R.Estimate(0.93, residual=0.01, n=14),
+                coupling=Estimate(18.0 * growth, residual=0.2, n=12),
+                margin=Estimate(0.93, residual=0.01, n=14),
                 phi={n: phi(traces[n], rng) for n, *_ in names[:2]},
                 finite_scale={n: finite_scale(traces[n], g[n]) for n, group, *_ in names[:1]},
                 seconds=14.0,
@@ -192,21 +194,21 @@ def rates() -> list[R.Record]:
 
             def rate(
                 value: float | None, k: float = k, args: tuple[str, str, str] = (formula, theorem, uses)
-            ) -> R.Rate:
+            ) -> S.Rate:
                 covers = "probe vectors and points, not rows"
                 if value is None:
-                    return R.Rate(None, None, "", *args, (), "no such rule for a first-order block")
-                return R.Rate(k * value, (k * value / 1.4, k * value * 1.4), covers, *args)
+                    return S.Rate(None, None, "", *args, (), "no such rule for a first-order block")
+                return S.Rate(k * value, (k * value / 1.4, k * value * 1.4), covers, *args)
 
             ratio = (
-                R.Rate(peft / base, (peft / base / 2, peft / base * 2), "points", "(r+2) L_x/L_y")
+                S.Rate(peft / base, (peft / base / 2, peft / base * 2), "points", "(r+2) L_x/L_y")
                 if peft
                 else rate(None)
             )
             out.append(R.Rates(rule, where, rate(base), rate(peft), ratio))
-    chosen = R.Rate(2.4e-5, (1.7e-5, 3.4e-5), "probe vectors, points", "min", "finite-scale rule")
-    peft = R.Rate(0.064, (0.05, 0.08), "points", "1/L after coupling", "descent lemma")
-    ratio = R.Rate(0.064 / 2.4e-5, (1.5e3, 4.7e3), "points")
+    chosen = S.Rate(2.4e-5, (1.7e-5, 3.4e-5), "probe vectors, points", "min", "finite-scale rule")
+    peft = S.Rate(0.064, (0.05, 0.08), "points", "1/L after coupling", "descent lemma")
+    ratio = S.Rate(0.064 / 2.4e-5, (1.5e3, 4.7e3), "points")
     settings = {"mu": 1e-3, "q": 1, "law": "gaussian", "batch_size": 16, "steps": 1000, "optimizer": "sgd"}
     bound_by = {"base": "noise_limited", "peft": "measured", "ratio": "quotient of the two"}
     return [*out, R.Recommendation(chosen, peft, ratio, bound_by, settings)]

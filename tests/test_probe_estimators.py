@@ -47,7 +47,8 @@ from probes.estimates import estimates
 from probes.estimators import Settings, run
 from probes.jsonl import decode, encode
 from probes.laws import Member
-from probes.records import Allocation, Budget, Compared, Cost, End, Estimator, Header, Record, Warning
+from probes.records import Allocation, Budget, Cost, End, Estimator, Header, Record, Warning
+from probes.records_estimators import Compared
 from probes.report import Report
 from probes.subspaces import spectrum
 from probes.tasks import Task, load_task

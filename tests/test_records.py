@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hybridtheory.errors import UserError
 from probes import jsonl, rundir
 from probes import records as R
+from probes import records_smoothness as S
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
 
@@ -79,11 +80,11 @@ def test_floats_that_are_not_finite_are_strings(value):
 
 
 def test_numpy_scalars_and_arrays_become_plain_numbers():
-    density = R.Density(np.array([1.0, 2.0]), np.array([0.25, 0.75], dtype=np.float32), n=np.int64(3))
-    record = R.Point(0, 0, np.float32(0.5), np.float64(2), {"base": R.BlockPoint(1.0, density=density)})
+    density = S.Density(np.array([1.0, 2.0]), np.array([0.25, 0.75], dtype=np.float32), n=np.int64(3))
+    record = R.Point(0, 0, np.float32(0.5), np.float64(2), {"base": S.BlockPoint(1.0, density=density)})
     back = jsonl.decode(jsonl.encode(record))
     assert back.loss == 0.5
-    assert back.blocks["base"].density == R.Density([1.0, 2.0], [0.25, 0.75], 3)
+    assert back.blocks["base"].density == S.Density([1.0, 2.0], [0.25, 0.75], 3)
 
 
 def test_a_value_that_cannot_be_read_back_is_refused_when_written():

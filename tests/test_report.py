@@ -10,8 +10,10 @@ import pytest
 from made_up_run import made_up_run
 
 from hybridtheory.errors import UserError
+from hybridtheory.estimate import Estimate
 from probes import figures, jsonl, markdown, rundir, trainer_toml
 from probes import records as R
+from probes import records_smoothness as S
 from probes.report import RULES, Report
 
 
@@ -88,7 +90,7 @@ def test_what_is_not_resolved_or_not_identified_is_said_in_words(report):
     assert "**not identified**: gradient norms span a factor 2.1" in report.markdown()
     point = report.points[0]
     blurred = replace(
-        point.blocks["base"], trace=R.Estimate(10.0, stderr=9.0, n=4, resolved=False, note="9.0 is above 3.3")
+        point.blocks["base"], trace=Estimate(10.0, stderr=9.0, n=4, resolved=False, note="9.0 is above 3.3")
     )
     changed = replace(point, blocks={**point.blocks, "base": blurred})
     text = Report.of([changed if r is point else r for r in report.records]).markdown()
@@ -124,7 +126,7 @@ def test_trainer_toml_parses_and_carries_the_recommendation(report):
 
 
 def test_trainer_toml_without_a_rate_carries_no_number_for_it(report):
-    empty = R.Rate(None, note="the loss rose\nat every rate = 1")
+    empty = S.Rate(None, note="the loss rose\nat every rate = 1")
     changed = replace(report.recommendation, base=empty, ratio=None)
     again = Report.of([changed if isinstance(r, R.Recommendation) else r for r in report.records])
     assert set(tomllib.loads(again.trainer_toml())["rates"]) == {"eta_peft"}
@@ -209,6 +211,19 @@ def test_many_blocks_are_drawn_and_told():
     assert all(f"`{b.name}`" in report.markdown() for b in report.blocks)
 
 
+def test_the_legend_of_smoothness_lists_what_is_drawn():
+    def legend(*records: R.Record) -> set[str]:
+        return {t.get_text() for t in figures.drawn(Report.of(records))["smoothness"].legends[0].get_texts()}
+
+    whole = made_up_run("group")
+    assert {"upper envelope", "quantile fit", figures.SPECTRUM, "secant, random"} <= legend(*whole)
+    unknown = [replace(r, identified=False) if isinstance(r, R.Fit) else r for r in whole]
+    kept = [r for r in unknown if not (isinstance(r, R.Secant) and r.move == "random") and not isinstance(r, R.Point)]
+    lines = legend(*kept)
+    assert figures.UNIDENTIFIED in lines
+    assert not {"upper envelope", "quantile fit", figures.SPECTRUM, "secant, random"} & lines
+
+
 def test_figures_that_have_no_data_are_left_out():
     report = Report.of(made_up_run("group"))
     bare = [
@@ -224,8 +239,8 @@ def test_figures_that_have_no_data_are_left_out():
 
 def test_figures_survive_numbers_that_a_log_axis_cannot_show():
     report = Report.of(made_up_run("group"))
-    nothing = R.Estimate(0.0, stderr=0.0, upper=0.0, confidence=0.99)
-    broken = R.Estimate(math.nan, stderr=math.nan, resolved=False)
+    nothing = Estimate(0.0, stderr=0.0, upper=0.0, confidence=0.99)
+    broken = Estimate(math.nan, stderr=math.nan, resolved=False)
     point = report.points[0]
     odd = replace(
         point,
@@ -236,9 +251,9 @@ def test_figures_survive_numbers_that_a_log_axis_cannot_show():
                 point.blocks["peft"], lam_max=nothing, lam_min=nothing, trace=replace(nothing, value=-3.0), density=None
             ),
         },
-        phi={"base": R.Phi([1e-3, 1e-2], [-1e-9, math.inf], [0.0, math.inf], 2)},
+        phi={"base": S.Phi([1e-3, 1e-2], [-1e-9, math.inf], [0.0, math.inf], 2)},
         finite_scale={
-            "base": R.FiniteScale([1e-5, 1e-4], [math.inf, math.inf], [0.0, 0.0], 1e-5, (0.0, math.inf), 1.0, 2, True)
+            "base": S.FiniteScale([1e-5, 1e-4], [math.inf, math.inf], [0.0, 0.0], 1e-5, (0.0, math.inf), 1.0, 2, True)
         },
     )
     secant = R.Secant(0, "base", "random", 0.0, 0.0, 0.0, None, 0.0)

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from probes import checkpoints, cli_train, figures, point, rundir, train_text
 from probes import records as R
+from probes.command import choose_folder
 
 SMALL = ["--rows", "6", "--batch", "3", "--eval-every", "2", "--checkpoint-every", "2"]
 RATES = ["--lr-base", "1e-5", "--lr-peft", "1e-2"]
@@ -52,7 +53,8 @@ def the_sentence(result) -> str:
         (["--method", "nonesuch", *RATES], "there is no method 'nonesuch'"),
         (["--lr", "nothere.toml"], "nothere.toml cannot be read"),
         (["--lr", "auto", "--method", "hybrid-adamw"], "the peft weights move otherwise under hybrid-adamw"),
-        ([*RATES, "--resume"], "holds no run"),
+        ([*RATES, "--resume"], "there is no run of"),
+        ([*RATES, "--resume", "--out", "none"], "none holds no run"),
         ([*RATES, "--batch", "0"], "--batch is a whole number of at least 1"),
         ([*RATES, "--master", "yes"], "--master is none or fp32"),
         ([*RATES, "--option", "penalty"], "--option is name=value"),
@@ -69,6 +71,17 @@ def test_methods_are_listed(command):
     result = command("--method", "?")
     assert result.exit_code == 0
     assert "subzero" in result.output and "zeroth-order" in result.output
+
+
+def test_resume_without_out_finds_the_latest_run_or_the_probe_before_it(elsewhere):
+    def found(resume: bool) -> str:
+        return choose_folder("train", None, None, None, resume, begins_in="-probe").name
+
+    Path("runs/train-embedded-sentiment").mkdir(parents=True)
+    assert (found(False), found(True)) == ("train-embedded-sentiment-2", "train-embedded-sentiment")
+    Path("runs/train-embedded-sentiment-2-probe").mkdir()
+    assert (found(False), found(True)) == ("train-embedded-sentiment-2", "train-embedded-sentiment-2")
+    assert choose_folder("train", None, None, Path("mine"), True, begins_in="-probe") == Path("mine")
 
 
 def test_a_block_that_is_not_there_leaves_nothing_behind(command, elsewhere):

@@ -35,7 +35,7 @@ LAWS: dict[str, Callable[..., Law]] = {
 
 
 def parse(text: str) -> Law:
-    """ "subzero" or "subzero:rank=4,refresh=500" as a law."""
+    """ "subzero" or "subzero:rank=4,refresh=500" as a law; UserError for an unknown name or option."""
     name, _, rest = text.partition(":")
     if name not in LAWS:
         raise UserError(f"there is no direction law {name!r}: choose from {', '.join(LAWS)}")

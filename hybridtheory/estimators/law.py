@@ -31,7 +31,7 @@ class Law(ABC):
 
     def bind(self, block: Block, keys: Sequence[Key]) -> Law:
         """The law for these keys on this block, for laws where one tensor's u depends on the others (a norm, a Gram
-        matrix).
+        matrix). UserError where the law does not fit the block (a rank above its matrices, more parts than tensors).
         """
         return self
 
@@ -123,7 +123,7 @@ class Kept(Law):
 
 
 def merged(blocks: Block | Sequence[Block]) -> Block:
-    """Several blocks as one, for a perturbation of all of them together."""
+    """Several blocks as one, for a perturbation of all of them together; ValueError where they share a tensor."""
     if isinstance(blocks, Block):
         return blocks
     parameters: dict[str, torch.nn.Parameter] = {}

@@ -45,6 +45,7 @@ class Perturbation:
     share  True keeps the perturbed copy of a tensor that several modules read (tied embeddings, ALBERT's layers)
            until its last use in a forward. False draws it again for each use, and nothing beyond the largest single
            tensor is ever allocated.
+    Raises UserError for a block without parameters, or of another model.
     """
 
     def __init__(self, model: nn.Module, blocks: Block | Sequence[Block], share: bool = True) -> None:

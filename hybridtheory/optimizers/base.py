@@ -43,6 +43,7 @@ class ZeroOrder(torch.optim.Optimizer):
              replayed is then the one that the low precision let through. Without it such weights are refused: at usual learning
              rates nine updates in ten are lost to rounding. ``in_place_low_precision=True`` does it nevertheless.
     keep     hold each direction while it is in use: one float32 copy of the block buys two draws of three.
+    Raises UserError for an unknown option, a group without its block, a rate below 0, and low precision without ``master``.
     """
 
     accumulates = True
@@ -105,6 +106,7 @@ class ZeroOrder(torch.optim.Optimizer):
 
     @property
     def run(self) -> dict[str, Any]:
+        """Counters of the run (step, forwards, backwards) and what a method adds to them."""
         return cast(dict[str, Any], self.named_state["run"])
 
     # ---- groups ----
@@ -121,6 +123,7 @@ class ZeroOrder(torch.optim.Optimizer):
 
     @property
     def steps(self) -> int:
+        """Steps made since the start of the run."""
         return int(self.run["step"])
 
     @property
@@ -154,8 +157,7 @@ class ZeroOrder(torch.optim.Optimizer):
             return closure()
 
     def _gradient(self, closure: Closure) -> float:
-        """f(w) with the first-order groups' gradients in ``.grad``. Nothing else gets a gradient, whatever its "
-        "``requires_grad`` says."""
+        """f(w) with the first-order groups' gradients in ``.grad``. Nothing else gets one, whatever its ``requires_grad`` says."""
         own = {p for g in self._fo_groups for p in g["params"]}
         flags = [(p, p.requires_grad) for p in self.model.parameters() if p.requires_grad != (p in own)]
         for p, flag in flags:
@@ -249,7 +251,8 @@ class ZeroOrder(torch.optim.Optimizer):
     def accumulate(self, closure: Closure) -> Tensor:
         """Evaluate one minibatch without moving; the next `step` applies the mean over all accumulated minibatches and its own.
 
-        Zeroth-order gradients are kept as seeds and slopes. Directions differ from minibatch to minibatch.
+        Zeroth-order gradients are kept as seeds and slopes. Directions differ from minibatch to minibatch. Returns its loss; UserError
+        from methods that move between their evaluations.
         """
         if not self.accumulates:
             raise UserError(
@@ -262,7 +265,11 @@ class ZeroOrder(torch.optim.Optimizer):
         return torch.tensor(loss)
 
     def step(self, closure: Any = None, lower: Sequence[Closure] | None = None) -> Tensor:  # type: ignore[override]
-        """One step; returns the loss where the step started (for central differences the mean over the two sides)."""
+        """One step; returns the loss where the step started (for central differences the mean over the two sides).
+
+        lower   minibatches of the lower level, for bilevel methods only.
+        Raises UserError without a closure, and `NonFiniteLoss` where a loss is not finite.
+        """
         if lower:
             raise UserError(f"{type(self).__name__} has no lower level: call step(closure)")
         if closure is None:
@@ -292,6 +299,7 @@ class ZeroOrder(torch.optim.Optimizer):
     # ---- state ----
 
     def state_dict(self) -> dict[str, Any]:
+        """torch's own, blocks and laws by name; UserError while accumulated minibatches are not applied."""
         if self._pending:
             raise UserError(
                 f"{len(self._pending)} minibatches are accumulated but not applied: call step before saving the optimizer"
@@ -301,6 +309,7 @@ class ZeroOrder(torch.optim.Optimizer):
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """UserError, with nothing loaded, for a checkpoint of another method, model or law."""
         check(state_dict, self.param_groups, type(self).__name__)
         code = [dict(g) for g in self.param_groups]
         super().load_state_dict(state_dict)
@@ -310,7 +319,7 @@ class ZeroOrder(torch.optim.Optimizer):
 
 
 def refuse_unknown(name: str, given: Iterable[str], known: Iterable[str]) -> None:
-    """A misspelt option must not be a silent default."""
+    """UserError for an option that is not ``known``: a misspelt one must not be a silent default."""
     unknown = sorted(set(given) - set(known))
     if unknown:
         raise UserError(f"{name} has no option {unknown[0]!r}: choose from {', '.join(sorted(known))}")

@@ -158,7 +158,7 @@ class BilevelZOFO(DenseRule):
 
     def _measure(self, closure: Closure) -> tuple[float, list[ZOGradient]]:
         self._moves: list[tuple[int, Values]] = []
-        phi, gap, first = 0.0, 0.0, 0.0
+        gap, first = 0.0, 0.0
         for level in self._levels:
             s, memory = self.named_state["s"][level.task], self.named_state["rules"][level.task]
             for k in range(self.inner_steps):
@@ -172,7 +172,7 @@ class BilevelZOFO(DenseRule):
             self._moves.append((level.task, {n: one[n] + self.penalty * two[n] for n in one}))
             with self._holding(s):
                 inner = float(super()._loss(level.lower[-1]))
-            phi, gap, first = phi + upper + self.penalty * (low - inner), gap + low - inner, first + upper
+            gap, first = gap + low - inner, first + upper
         self.run["gap"] = gap / len(self._levels)
         return first / len(self._levels), [self._evaluate(closure, unit) for unit in self.units]
 

@@ -1,5 +1,4 @@
-"""First-order groups inside a `ZeroOrder` optimizer: torch's own SGD or AdamW, on the very groups and state of "
-"the optimizer."""
+"""First-order groups inside a `ZeroOrder` optimizer: torch's own SGD or AdamW, on the very groups and state of the optimizer."""
 
 from __future__ import annotations
 
@@ -32,8 +31,10 @@ _GALORE = ("rank", "update_proj_gap", "scale", "proj_type")
 
 
 class FirstOrder:
-    """``owner``'s "fo" groups and its state are the rule's own, so schedulers, ``state_dict`` and resuming see "
-    "one optimizer."""
+    """``owner``'s "fo" groups and its state are the rule's own, so schedulers, ``state_dict`` and resuming see one optimizer.
+
+    rule     a name of `RULES`; ``options`` go to torch's own optimizer. Raises UserError for another name.
+    """
 
     def __init__(self, owner: torch.optim.Optimizer, rule: str, options: Mapping[str, Any]) -> None:
         if rule not in RULES:
@@ -71,8 +72,10 @@ class FirstOrder:
 
 
 def lora_plus(block: Block, lr: float, ratio: float = 16.0) -> list[dict[str, Any]]:
-    """LoRA+ (Hayou et al. 2024, arXiv 2402.12354): first-order groups in which LoRA's B matrices learn ``ratio`` "
-    "times as fast as A."""
+    """LoRA+ (Hayou et al. 2024, arXiv 2402.12354): first-order groups in which LoRA's B matrices learn ``ratio`` times as fast as A.
+
+    Raises UserError for a block without B matrices.
+    """
     b = {n: p for n, p in block.parameters.items() if "lora_B" in n or "lora_embedding_B" in n}
     a = {n: p for n, p in block.parameters.items() if n not in b}
     if not b:
@@ -90,7 +93,7 @@ def galore(
 ) -> list[dict[str, Any]]:
     """GaLore (Zhao et al. 2024, arXiv 2403.03507): groups in which the gradients of matrices are projected to ``rank``, the rest not.
 
-    The rule itself is the authors' package, as a baseline.
+    The rule itself is the authors' package, as a baseline. Raises UserError where no matrix is larger than ``rank``.
     """
     matrices = {n: p for n, p in block.parameters.items() if p.dim() == 2 and min(p.shape) > rank}
     rest = {n: p for n, p in block.parameters.items() if n not in matrices}

@@ -27,6 +27,7 @@ class Unit:
 
 
 def complete(group: Block | Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """A param group with everything that it leaves open filled in; UserError where an entry is missing or cannot be."""
     given: dict[str, Any] = {"block": group} if isinstance(group, Block) else dict(group)
     block = given.get("block")
     if not isinstance(block, Block):

@@ -1,5 +1,4 @@
-"""MeZO (Malladi et al. 2023, arXiv 2305.17333): zeroth-order SGD with two-sided differences along Gaussian "
-"directions."""
+"""MeZO (Malladi et al. 2023, arXiv 2305.17333): zeroth-order SGD with two-sided differences along Gaussian directions."""
 
 from __future__ import annotations
 

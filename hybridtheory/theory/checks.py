@@ -23,6 +23,11 @@ class Hypothesis:
     limit: float
     holds: bool
 
+    @property
+    def factor(self) -> float:
+        """By what factor value and limit differ, at least 1; NaN unless both are positive."""
+        return max(self.value / self.limit, self.limit / self.value) if self.value > 0 and self.limit > 0 else math.nan
+
 
 @dataclass(frozen=True)
 class Check:

@@ -150,8 +150,7 @@ def failing(hypotheses: Sequence[Hypothesis]) -> str:
     out = []
     for h in hypotheses:
         if not h.holds:
-            off = max(h.value / h.limit, h.limit / h.value) if h.value > 0 and h.limit > 0 else math.nan
-            times = f", {off:.3g} times off" if math.isfinite(off) else ""
+            times = f", {h.factor:.3g} times off" if math.isfinite(h.factor) else ""
             out.append(f"{h.name} ({h.value:.4g} against {h.limit:.4g}{times})")
     return "; ".join(out)
 

@@ -4,9 +4,8 @@ One estimate is ĝ = (1/q) Σ_k (g'u_k) u_k (for "orthonormal" (d/q) Σ_k (g'u_k
 here E ĝ = g and E ĝĝ' = a‖g‖² I + b gg' + c diag(g²) with three numbers of (law, d, q): all second moments follow from
 them.
 
-Laws: "gaussian" N(0, I); "sphere" uniform on the sphere of radius √d; "rademacher" independent signs; "coordinate" √d
-    e_j with
-j uniform; "orthonormal" q columns of a random rotation. Structured directions: `moments_subspace`; finite mu,
+Laws: "gaussian" N(0, I); "sphere" uniform on the sphere of radius √d; "rademacher" independent signs; "coordinate"
+√d e_j with j uniform; "orthonormal" q columns of a random rotation. Structured directions: `moments_subspace`; finite mu,
 minibatches and rounding: `moments_error`. All statements are ours (Isserlis' theorem and its analogues) and exact.
 """
 

@@ -28,6 +28,7 @@ class Spectrum:
 
     @classmethod
     def of(cls, value: ArrayLike, count: ArrayLike, energy: ArrayLike) -> Spectrum:
+        """From numbers or arrays of one shape; UserError for eigenvalues that are not positive or energies below 0."""
         arrays = [np.atleast_1d(np.asarray(a, float)) for a in (value, count, energy)]
         if len({a.shape for a in arrays}) != 1 or not (arrays[0] > 0).all() or not (arrays[2] >= 0).all():
             raise UserError(

@@ -3,7 +3,7 @@
 A problem is a finite sum f = (1/n) Σ f_i over w = (x, y): x the first d_x coordinates (the zeroth-order block), y the d_y that
 follow (the first-order block). Points are batched: w has shape [..., d], values [...], and seeds are a leading dimension.
 
-T1 `quadratic`, T2 `pseudo_huber` and T3 `cosh` of our theory notes are one class with three scalar functions; `logistic` and
+T1 `quadratic`, T2 `pseudo_huber` and T3 `cosh` are one class with three scalar functions; `logistic` and
 `softmax` regression and the LoRA-shaped `bilinear` problem are the realistic ones. `L_x`, `L_y` satisfy
 -diag(L_x I, L_y I) <= Hess f_i <= diag(L_x I, L_y I) jointly, everywhere (where they exist), for every f_i.
 """

@@ -5,8 +5,7 @@ curvature of a step is ((q+1) g'Hg + tr(H) |g|²)/q: it is the trace, not the di
 case replaces the trace by d L, which is wrong by orders of magnitude on real models; both are always returned so that
 they are printed side by side.
 
-Which trace a rule needs: Identity Q is exact and uses tr(H) as it is, negative eigenvalues included; A0 needs M >= H,
-    so
+Which trace a rule needs: Identity Q is exact and uses tr(H) as it is, negative eigenvalues included; A0 needs M >= H, so
 tr(H_+); the edge-of-stability bracket is stated for H >= 0 only. Every step has the units of 1/H. Sources are named
 with each rule; "ours" means derived in this project, with constants that no paper states.
 """
