@@ -14,6 +14,7 @@ import torch
 import transformers
 from torch import nn
 
+from hybridtheory.blocks import check_places
 from hybridtheory.errors import UserError
 from probes.places import PACKAGED, Place, find, quiet
 from probes.sources import hub_reachable
@@ -117,6 +118,7 @@ def load_model(
 
 def prepare(model: nn.Module, tokenizer: Any, kind: str, name: str) -> Loaded:
     """Evaluation mode, no dropout, no ``padding_idx``, a padding token; hash and context length read off."""
+    check_places(model)
     model.eval()
     for module in model.modules():
         if isinstance(module, nn.Dropout):
