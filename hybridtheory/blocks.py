@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hybridtheory.errors import UserError
+from hybridtheory.shards import settle
 
 KINDS = ("attention", "mlp", "norm", "embedding", "head", "other")
 
@@ -132,6 +133,7 @@ def check_places(model: nn.Module) -> None:
         'load it whole on one device (no device_map, or {"": device}; 16-bit weights take half the room), or shard it over '
         "processes with torch's fully_shard"
     )
+    settle(model)
     every = dict(model.named_parameters())
     away = [name for name, p in every.items() if p.device.type == "meta"]
     if away:

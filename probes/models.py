@@ -16,6 +16,7 @@ from torch import nn
 
 from hybridtheory.blocks import check_places
 from hybridtheory.errors import UserError
+from hybridtheory.shards import whole
 from probes.places import PACKAGED, Place, find, quiet
 from probes.sources import hub_reachable
 
@@ -157,7 +158,7 @@ def state_sha256(model: nn.Module) -> str:
     for name, value in sorted(model.state_dict().items()):
         if isinstance(value, torch.Tensor):
             digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            digest.update(whole(value.detach()).cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -9,8 +9,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,8 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import distributed as dist
-from torch import multiprocessing as mp
 
 from hybridtheory import ranks as shared
 from hybridtheory.curvature import coupling, spectrum, traces
@@ -32,28 +28,10 @@ from probes import rundir
 from probes.jsonl import stable
 from probes.records import Step
 from probes.report import Report
+from tests.processes import together
 from tests.toys import NextToken, is_lora, language_model, tokens, with_lora
 
 ROWS, LENGTH = 6, 8
-
-
-def start(rank: int, size: int, work: Callable[..., Any], folder: str, arguments: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size, timeout=timedelta(seconds=20)
-    )
-    try:
-        torch.save(work(Ranks(rank, size), *arguments), f"{folder}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
-
-
-def together(size: int, folder: Path, work: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """What ``work(ranks, ...)`` returns in each of ``size`` processes."""
-    folder.mkdir()
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    mp.spawn(start, (size, work, str(folder), arguments), nprocs=size)
-    return [torch.load(folder / f"{r}.pt", weights_only=False) for r in range(size)]
 
 
 def oracle_of(ranks: Ranks) -> tuple[Oracle, list[Any]]:
