@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hybridtheory.errors import UserError
+from hybridtheory.shards import settle
 
 KINDS = ("attention", "mlp", "norm", "embedding", "head", "other")
 
@@ -78,6 +79,7 @@ def partition(
     Raises UserError for a model without such a parameter, and for a regular expression that is none or matches no name.
     """
     names = _aliases(model)
+    check_places(model)
     label = _labeller(model, by)
     found: dict[tuple[str, str], Block] = {}
     for aliases, parameter in names:
@@ -125,6 +127,27 @@ def _aliases(model: nn.Module) -> list[tuple[list[str], nn.Parameter]]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         found.setdefault(id(parameter), ([], parameter))[0].append(name)
     return list(found.values())
+
+
+def check_places(model: nn.Module) -> None:
+    """UserError for weights that cannot be moved where they are: offloaded ones come and go inside each forward pass."""
+    remedy = (
+        'load it whole on one device (no device_map, or {"": device}; 16-bit weights take half the room), or shard it over '
+        "processes with torch's fully_shard"
+    )
+    settle(model)
+    every = dict(model.named_parameters())
+    away = [name for name, p in every.items() if p.device.type == "meta"]
+    if away:
+        raise UserError(
+            f"{len(away)} of the model's {len(every)} tensors are not in memory ({away[0]!r} is the first): device_map has offloaded "
+            f"them, and weights that come and go inside a forward pass can be neither perturbed nor differentiated: {remedy}"
+        )
+    places = sorted({str(p.device) for p in every.values()})
+    if len(places) > 1:
+        raise UserError(
+            f"the model's weights lie on several devices ({', '.join(places)}), and one is served: {remedy}"
+        )
 
 
 def _labeller(model: nn.Module, by: str) -> Callable[[str], str]:

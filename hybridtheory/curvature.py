@@ -19,6 +19,7 @@ from hybridtheory.errors import UserError
 from hybridtheory.estimate import Estimate
 from hybridtheory.lanczos import Lanczos, end_excess, lanczos, orthogonalise, spectrum
 from hybridtheory.oracle import Products
+from hybridtheory.shards import local
 from hybridtheory.traces import Traces, mean_estimate, traces
 from hybridtheory.vectors import Tensors, add_, norm, scale_
 
@@ -57,7 +58,7 @@ def coupling(
     v: Tensors = [t for b in y for t in streams.gaussian(b, seed, "coupling", index)]
     d = sum(t.numel() for t in v)
     scale_(v, 1 / norm(v))
-    stored = [torch.empty(steps, t.numel(), dtype=t.dtype, device=t.device) for t in v]
+    stored = [torch.empty(steps, local(t).numel(), dtype=t.dtype, device=t.device) for t in v]
     alphas: list[float] = []
     betas: list[float] = []
     u: Tensors | None = None
@@ -65,7 +66,7 @@ def coupling(
     estimate = Estimate(0.0, residual=0.0, n=0)
     for k in range(min(steps, d)):
         for rows, t in zip(stored, v, strict=True):
-            rows[k] = t.reshape(-1)
+            rows[k] = local(t).reshape(-1)
         p = [t.detach() for t in hess(v, y, x)]
         if u is not None:
             add_(p, u, -betas[-1])

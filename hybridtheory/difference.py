@@ -29,8 +29,10 @@ from scipy.stats import t as student
 from torch import Tensor, nn
 
 from hybridtheory.blocks import Block
+from hybridtheory.errors import UserError
 from hybridtheory.oracle import Products
 from hybridtheory.oracle import _requires_grad as requires_grad
+from hybridtheory.shards import is_sharded
 from hybridtheory.vectors import Tensors, add_, clone, dot, norm, scale_
 
 if TYPE_CHECKING:
@@ -268,6 +270,10 @@ def _put(tensors: Sequence[Tensor], kept: Sequence[Tensor], v: Sequence[Tensor],
 @contextmanager
 def widened(model: nn.Module) -> Iterator[None]:
     """16-bit parameters and buffers are float32 inside (exactly the same numbers) and the tensors that they were after."""
+    if any(is_sharded(p) and p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters()):
+        raise UserError(
+            "sharded 16-bit weights cannot be evaluated in float32: call fully_shard on a float32 model (--dtype float32)"
+        )
     narrow = [t for t in (*model.parameters(), *model.buffers()) if t.dtype in (torch.bfloat16, torch.float16)]
     kept = [t.data for t in narrow]
     try:

@@ -26,7 +26,7 @@ class Engine:
 
 def choose(oracle: Oracle) -> Engine:
     """Try what each engine needs on the first micro-batch: a product, then a gradient. Parameters and batches stay as they are."""
-    if any(hasattr(t, "device_mesh") for b in oracle.blocks for t in b.tensors):
+    if oracle.sharded:
         return Engine(
             "difference", "the weights are sharded, and the gradient of a sharded model cannot be differentiated"
         )

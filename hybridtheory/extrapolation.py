@@ -23,8 +23,9 @@ from hybridtheory.blocks import Block
 from hybridtheory.difference import CHEAP, MULTIPLES, PILOT, Differences, Form, coefficients, level
 from hybridtheory.estimate import Estimate
 from hybridtheory.lanczos import Lanczos
+from hybridtheory.shards import local
 from hybridtheory.traces import Traces
-from hybridtheory.vectors import Tensors, add_, dot, norm, scale, scale_
+from hybridtheory.vectors import Tensors, add_, combined, dot, norm, scale, scale_
 
 # A quotient may be off by this share of the spectrum's larger end before Lanczos is run again with smaller steps: a Ritz vector is then
 # off by about as much, and its Rayleigh quotient by the square.
@@ -74,7 +75,7 @@ def spectrum(
     left = sum(e.residual**2 for e in (low, high) if e.residual is not None)
     beside = replace(
         refined,
-        basis=[torch.stack([t.reshape(-1) for t in pair]) for pair in zip(*vectors, strict=True)],
+        basis=[torch.stack([local(t).reshape(-1) for t in pair]) for pair in zip(*vectors, strict=True)],
         alphas=np.array([f.value for f in forms]),
         betas=np.zeros(1),
         last_beta=math.sqrt(left),
@@ -98,11 +99,7 @@ def _ritz_vectors(run: Lanczos, again: Callable[[Any], Lanczos], hess: Differenc
     _, s = lanczos._tridiagonal(run.alphas.tolist(), run.betas.tolist())
     weights = [s[:, 0], s[:, -1]]
     if run.basis is not None:
-        basis = run.basis
-        shapes = [t.shape for t in block.tensors]
-        vectors = [
-            [(_like(w, rows) @ rows).view(shape) for rows, shape in zip(basis, shapes, strict=True)] for w in weights
-        ]
+        vectors = [combined(torch.as_tensor(w), run.basis, block.tensors) for w in weights]
     else:
         repeat = _Repeat(hess, weights)
         again(repeat)
@@ -125,10 +122,6 @@ class _Repeat:
         ]
         self.step += 1
         yield from self.hess.each(vectors, *blocks)
-
-
-def _like(weights: np.ndarray, rows: Tensor) -> Tensor:
-    return rows.new_tensor(weights)
 
 
 class Extrapolated(Differences):

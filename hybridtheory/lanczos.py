@@ -20,7 +20,8 @@ from hybridtheory.blocks import Block
 from hybridtheory.errors import UserError
 from hybridtheory.estimate import Estimate
 from hybridtheory.oracle import Products
-from hybridtheory.vectors import Tensors, add_, dot, norm, scale_
+from hybridtheory.shards import local
+from hybridtheory.vectors import Tensors, add_, combined, components, dot, norm, scale_
 
 Matvec = Callable[[Tensors], Tensors]
 
@@ -99,12 +100,11 @@ def lanczos(
     d = sum(t.numel() for t in start)
     steps_allowed = min(max_steps, d)
     keep = d * steps_allowed <= BASIS_ELEMENTS if basis is None else basis
-    shapes = [t.shape for t in start]
     q = scale_(start, 1 / norm(start))
     del start
     previous: Tensors | None = None
     stored: list[torch.Tensor] = (
-        [torch.empty(steps_allowed, t.numel(), dtype=t.dtype, device=t.device) for t in q] if keep else []
+        [torch.empty(steps_allowed, local(t).numel(), dtype=t.dtype, device=t.device) for t in q] if keep else []
     )
     alphas: list[float] = []
     betas: list[float] = []
@@ -116,7 +116,7 @@ def lanczos(
     while True:
         k = len(alphas)
         for rows, t in zip(stored, q, strict=False):
-            rows[k] = t.reshape(-1)
+            rows[k] = local(t).reshape(-1)
         w = [t.detach() for t in matvec(q)]
         alphas.append(dot(w, q))
         if not math.isfinite(alphas[-1]):
@@ -181,7 +181,7 @@ def lanczos(
     if stored:
         combo = s[:, -1] / np.linalg.norm(s[:, -1]) + s[:, 0] / np.linalg.norm(s[:, 0])
         coefficients = torch.as_tensor(combo / np.linalg.norm(combo))
-        warm = [(coefficients.to(r) @ r[: k + 1]).view(shape) for r, shape in zip(stored, shapes, strict=True)]
+        warm = combined(coefficients, [r[: k + 1] for r in stored], q)
     ends_found = end_estimate(-1), end_estimate(0)
     coefficients_of_T = np.array(alphas), np.array(betas[: len(alphas) - 1])
     basis_found = [rows[: k + 1] for rows in stored] or None
@@ -232,8 +232,8 @@ def orthogonalise(w: Tensors, stored: list[torch.Tensor], k: int) -> None:
     as much as a product of a late layer.
     """
     for _ in range(2):
-        coefficients = torch.stack([rows[:k] @ t.reshape(-1) for rows, t in zip(stored, w, strict=True)]).sum(0)
-        for rows, t in zip(stored, w, strict=True):
+        coefficients = components([rows[:k] for rows in stored], w)
+        for rows, t in zip(stored, map(local, w), strict=True):
             t.sub_((coefficients @ rows[:k]).view_as(t))
         if float(coefficients.norm()) <= norm(w):
             return

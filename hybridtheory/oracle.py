@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hybridtheory import memory
+from hybridtheory import memory, shards
 from hybridtheory.blocks import Block, split
 from hybridtheory.errors import UserError
 from hybridtheory.ranks import ALONE, Ranks
@@ -119,6 +119,11 @@ class Oracle:
             raise UserError("there is no data to measure on: the list of batches is empty")
         if curvature not in ("hessian", "ggn"):
             raise UserError(f"curvature is 'hessian' or 'ggn', not {curvature!r}")
+        self.sharded = shards.any_sharded(t for b in blocks for t in b.tensors)
+        if self.sharded and ranks.size > 1:
+            raise UserError(
+                "processes that share a sharded model compute every micro-batch together and cannot share them out: leave ranks out"
+            )
         if len(batches) < ranks.size:
             raise UserError(
                 f"{len(batches)} micro-batches cannot be shared by {ranks.size} processes: lower --micro-batch or start fewer"
@@ -199,6 +204,7 @@ class Oracle:
         """d loss / d tensors. The engine ``difference`` goes by ``backward`` (``.grad`` is as found after it), which is all that
         sharded and reentrantly checkpointed modules know."""
         if self.engine == "exact":
+            self._refuse_sharded()
             return list(torch.autograd.grad(loss, tensors, allow_unused=True, materialize_grads=True))
         before = [t.grad for t in tensors]
         try:
@@ -209,6 +215,12 @@ class Oracle:
         finally:
             for t, grad in zip(tensors, before, strict=True):
                 t.grad = grad
+
+    def _refuse_sharded(self) -> None:
+        if self.sharded:
+            raise UserError(
+                "the model is sharded, and what gathers its weights has no second derivative: choose --engine difference (or forward)"
+            )
 
     def _each(self, picked: list[int], call: Callable[[Batch], T]) -> Iterator[tuple[T, float]]:
         """(call(batch), its weight) for the micro-batches ``picked``; one that does not fit in memory is halved, for good."""
@@ -228,7 +240,7 @@ class Oracle:
         """Cut micro-batch i in two where it stands: less memory, the same sums. Re-raises what is not for want of memory."""
         if not memory.exhausted(error):
             raise error
-        if self.ranks.size > 1:
+        if self.ranks.size > 1 or self.sharded:
             raise UserError(
                 f"out of memory on rank {self.ranks.rank}: processes that share an objective cannot halve a micro-batch alone; "
                 f"give a smaller --micro-batch (the numbers stay the same)"
@@ -249,14 +261,14 @@ class Oracle:
     def moved(self, blocks: Block | Sequence[Block], direction: Tensors, by: float) -> Iterator[None]:
         """The blocks' parameters are w + by * direction inside and bit for bit w after; costs one copy of the blocks."""
         tensors = [t for b in _listed(blocks) for t in b.tensors]
-        kept = [t.data for t in tensors]
+        kept = [shards.kept(t) for t in tensors]
         try:
             for t, u in zip(tensors, direction, strict=True):
-                t.data = torch.add(t.data, u.to(t.dtype), alpha=by)
+                shards.put(t, torch.add(t.detach(), u.to(t.dtype), alpha=by))
             yield
         finally:
             for t, data in zip(tensors, kept, strict=True):
-                t.data = data
+                shards.put(t, data)
 
     @contextmanager
     def products(self, *blocks: Block) -> Iterator[Products]:
@@ -269,6 +281,8 @@ class Oracle:
         from hybridtheory.difference import Differences, widened
 
         exact = self.engine == "exact"
+        if exact:
+            self._refuse_sharded()
         with (
             nullcontext() if exact else widened(self.model),
             self.kernel(),

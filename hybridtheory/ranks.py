@@ -20,8 +20,6 @@ from torch import distributed as dist
 from hybridtheory.errors import UserError
 from hybridtheory.vectors import Tensors
 
-TIMEOUT = 120.0  # seconds without progress
-
 
 class Ranks:
     """``rank`` of ``size`` processes; ``sent``: bytes that this process handed to the network so far, as payload."""
@@ -102,7 +100,7 @@ class Ranks:
         except RuntimeError as error:  # dist's own errors are RuntimeErrors: a peer that died, or one that hangs
             raise UserError(
                 f"rank {self.rank} waited for another rank in vain ({str(error).splitlines()[0][:120]}): one died or hangs; "
-                f"start again with --resume"
+                f"start again with --resume (and a longer --timeout, where one only needs more time than that)"
             ) from error
 
     def closure(self, own: Callable[..., Tensor | None], model: nn.Module) -> Callable[..., Tensor]:
@@ -134,9 +132,11 @@ ALONE = Ranks()
 _joined = ALONE
 
 
-def join(timeout: float = TIMEOUT) -> Ranks:
+def join(timeout: float) -> Ranks:
     """Meet the processes that a launcher started (RANK and WORLD_SIZE say so); a single process without one. Commands do this; a library
     call inside somebody else's distributed program does not, and stays alone. UserError where they cannot meet.
+
+    ``timeout``: seconds that each of them waits for the others, here and at every exchange.
     """
     global _joined
     size = int(os.environ.get("WORLD_SIZE", "1"))

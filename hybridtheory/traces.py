@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from scipy import stats
 
 from hybridtheory import streams
@@ -21,7 +20,7 @@ from hybridtheory.blocks import Block, split
 from hybridtheory.estimate import Estimate
 from hybridtheory.lanczos import Lanczos
 from hybridtheory.oracle import Products
-from hybridtheory.vectors import Tensors, add_, dot
+from hybridtheory.vectors import Tensors, add_, combined, components, dot
 
 # What a product costs in second differences of the loss (two values each): on SmolLM2-135M 9.7 s against 2 x 1.4 s with the allocator's
 # defaults, 6.2 s against 2 x 1.0 s in the commands. A constant between theirs and what shorter rows give, not a clock:
@@ -317,8 +316,7 @@ def _plan(pilots: Sequence[np.ndarray], unit: int, tol: float) -> tuple[bool, in
 
 def outside(z: Tensors, basis: Tensors) -> Tensors:
     """z minus its part in the span of the basis."""
-    coefficients = torch.stack([rows @ t.reshape(-1) for rows, t in zip(basis, z, strict=True)]).sum(0)
-    return [t - (coefficients @ rows).view_as(t) for rows, t in zip(basis, z, strict=True)]
+    return [t - x for t, x in zip(z, combined(components(basis, z), basis, z), strict=True)]
 
 
 def mean_estimate(values: Sequence[float] | np.ndarray, each: int = 1) -> Estimate:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hybridtheory import shards
+
 Tensors = list[Tensor]
 
 # Inner products go through float64 in pieces of this many elements, so the widened copy stays small (32 MiB).
@@ -15,13 +17,24 @@ _CHUNK = 1 << 22
 
 @torch.no_grad()
 def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
-    """Σ aᵢbᵢ, products and sum in float64."""
+    """Σ aᵢbᵢ, products and sum in float64, over all processes that share the tensors."""
     total = 0.0
     for x, y in zip(a, b, strict=True):
-        x, y = x.reshape(-1), y.reshape(-1)
+        x, y = shards.local(x).reshape(-1), shards.local(y).reshape(-1)
         for start in range(0, x.numel(), _CHUNK):
             total += float(torch.dot(x[start : start + _CHUNK].double(), y[start : start + _CHUNK].double()))
-    return total
+    return shards.total(total, a)
+
+
+def components(rows: Sequence[Tensor], v: Sequence[Tensor]) -> Tensor:
+    """(k,) inner products of v with k vectors that are kept as the rows of one matrix a tensor."""
+    return shards.total(torch.stack([r @ shards.local(t).reshape(-1) for r, t in zip(rows, v, strict=True)]).sum(0), v)
+
+
+def combined(weights: Tensor, rows: Sequence[Tensor], like: Sequence[Tensor]) -> Tensors:
+    """Σₖ weightₖ vₖ of vectors that are kept as rows, in the shapes of ``like``."""
+    own = [(weights.to(r) @ r).view(shards.local(t).shape) for r, t in zip(rows, like, strict=True)]
+    return [shards.joined(x, t) for x, t in zip(own, like, strict=True)]
 
 
 def norm(a: Sequence[Tensor]) -> float:

@@ -17,6 +17,7 @@ from probes.command import (
     MEASURE,
     OUTPUT,
     PLAN,
+    TIMEOUT,
     WHAT,
     check_numbers,
     choose_folder,
@@ -127,6 +128,9 @@ def probe_smoothness(
             show_default="what is free",
         ),
     ] = None,
+    timeout: Annotated[
+        float, option(MACHINE, "Of several processes: seconds after which one waits for another in vain.")
+    ] = TIMEOUT,
     out: Annotated[Path | None, option(OUTPUT, "Run folder.", show_default="runs/smoothness-MODEL-DATA")] = None,
     resume: Annotated[
         bool, option(OUTPUT, "Go on with the run in --out (or the latest of this model and data).", "--resume")
@@ -142,7 +146,7 @@ def probe_smoothness(
 
     Without arguments it runs on the embedded model and task, in about a minute.
     """
-    console, errors = consoles()
+    console, errors = consoles(timeout)
     with one_sentence(errors), ExitStack() as stack:
         check_numbers(seed=seed, micro_batch=micro_batch, alpha=alpha, mu=mu)
         if curvature not in ("hessian", "ggn"):

@@ -38,7 +38,7 @@ from probes.records_convergence import Trajectory
 FAILED = 3
 LR_PEFT = option(PLAN, "Rate of the PEFT weights.", show_default="recommended by probe-smoothness")
 LR_BASE = option(PLAN, "Rate of the base weights.", show_default="recommended by probe-smoothness")
-SHARED = (*TASK, "micro_batch", "max_memory", "resume")
+SHARED = (*TASK, "micro_batch", "max_memory", "timeout", "resume")
 
 app = command_line()
 
@@ -70,7 +70,7 @@ def probe_convergence(
 
     Without arguments it runs on the embedded model and task, in about a minute and a half.
     """
-    console, errors = consoles()
+    console, errors = consoles(options["timeout"])
     failed = 0
     with one_sentence(errors), ExitStack() as stack:
         check_numbers(seed=options["seed"], micro_batch=options["micro_batch"], alpha=options["alpha"], mu=mu)

@@ -32,7 +32,7 @@ from probes.command import (
 )
 from probes.records import Record
 
-SHARED = (*(n for n in TASK if n != "peft"), "micro_batch", "resume")
+SHARED = (*(n for n in TASK if n != "peft"), "micro_batch", "timeout", "resume")
 
 app = command_line()
 
@@ -63,7 +63,7 @@ def probe_cost(
 
     Without arguments it runs on the embedded model and task, whose figures are too small to count; the report says so.
     """
-    console, errors = consoles()
+    console, errors = consoles(options["timeout"])
     with one_sentence(errors), ExitStack() as stack:
         check_numbers(seed=options["seed"], micro_batch=options["micro_batch"], alpha=options["alpha"], mu=1e-3)
         folder = choose_folder("cost", options["model"], options["data"], out, options["resume"])

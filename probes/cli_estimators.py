@@ -33,7 +33,7 @@ from probes.command import (
 from probes.markdown import interval, number
 from probes.records import Budget, Estimator, Record
 
-SHARED = (*TASK, "blocks", "batch_size", "micro_batch", "resume")
+SHARED = (*TASK, "blocks", "batch_size", "micro_batch", "timeout", "resume")
 
 app = command_line()
 
@@ -74,7 +74,7 @@ def probe_estimators(
 
     Without arguments it runs on the embedded model and task.
     """
-    console, errors = consoles()
+    console, errors = consoles(options["timeout"])
     with one_sentence(errors), ExitStack() as stack:
         check_numbers(seed=options["seed"], micro_batch=options["micro_batch"], alpha=options["alpha"], mu=1e-3)
         steps = None if mus is None else tuple(_positive(x) for x in mus.split(","))

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from hybridtheory.errors import UserError
 from probes import rundir
-from probes.command import MACHINE, OUTPUT, command_line, consoles, one_sentence, opened, option
+from probes.command import MACHINE, OUTPUT, TIMEOUT, command_line, consoles, one_sentence, opened, option
 from probes.interrupts import again
 from probes.records import End
 
@@ -74,6 +74,9 @@ def hybrid_sweep(
     scheduler: Annotated[
         str | None, option(MACHINE, "Address of a Dask scheduler.", show_default="a cluster of --n-jobs workers here")
     ] = None,
+    timeout: Annotated[
+        float, option(MACHINE, "Seconds without progress after which a worker of this machine is ended.")
+    ] = TIMEOUT,
     max_minutes: Annotated[
         float | None, option(MACHINE, "End this slice then; --resume goes on with the next.", show_default=False)
     ] = None,
@@ -85,7 +88,7 @@ def hybrid_sweep(
     The grid is extended where the best rate lies on its edge and refined next to it. A sweep may be killed at any moment: --resume repeats
     only the runs that were not finished. Exit code 0: finished; 3: the slice ended and --resume goes on.
     """
-    console, errors = consoles()
+    console, errors = consoles(timeout)
     with one_sentence(errors), ExitStack() as stack:
         if predict:
             return _predict(console, predict, predictions)
@@ -114,7 +117,7 @@ def hybrid_sweep(
             registered = register(predictions)
         from probes.sweep import Pool, Sweep
 
-        pool = Pool(n_jobs, backend, scheduler)
+        pool = Pool(n_jobs, backend, scheduler, timeout)
         run = opened(console, stack, folder, resume)
         if rundir.finished(run.done):
             return _finish(console, run)

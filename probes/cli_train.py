@@ -35,7 +35,7 @@ from probes.records import End, Evaluation, Header, Record, Step, Warning
 TRAINING, RATES, SCORES = "Training", "Learning rates", "Evaluation"
 
 # What is trained is said as in the probes; but all rows take part, not a few.
-SHARED = tuple(name for name in TASK if name != "rows")
+SHARED = (*(name for name in TASK if name != "rows"), "timeout")
 PROBE = "-probe"  # the folder of the rates that --lr auto measures first: that of the run with this suffix
 PROBE_ROWS = 12  # that they are measured on
 
@@ -114,7 +114,7 @@ def hybrid_train(
 
     Learning rates are given, read from a trainer.toml, or measured first (--lr auto).
     """
-    console, errors = consoles()
+    console, errors = consoles(loading.pop("timeout"))
     with one_sentence(errors), ExitStack() as stack:
         from probes import chosen_rates, terminal, train_text
         from probes.train_settings import TrainSettings

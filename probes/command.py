@@ -43,6 +43,7 @@ TASK = (
     "model", "data", "rows", "max_length", "loss", "head", "labels", "template", "text_column", "label_column", "revision",
     "trust_remote_code", "allow_pickle", "peft", "rank", "alpha", "targets", "virtual_tokens", "device", "dtype", "seed",
 )  # fmt: skip
+TIMEOUT = 120.0  # seconds without progress after which a process is taken to hang
 Command = Callable[..., None]
 
 
@@ -80,20 +81,25 @@ def with_options_of(
     return decorate
 
 
-def consoles() -> tuple[Console, Console]:
-    """(screen, errors). Of several processes the first one speaks, and every one tells its own errors."""
+def consoles(timeout: float = TIMEOUT) -> tuple[Console, Console]:
+    """(screen, errors). Of several processes the first one speaks, and every one tells its own errors.
+
+    ``timeout``: seconds that each of them waits for the others, from now on.
+    """
     errors = Console(stderr=True)
     with one_sentence(errors):
-        return Console(quiet=not first()), errors
+        if not 1 <= timeout < 1e6:
+            raise UserError(f"--timeout is a number of seconds from 1 to a million, not {timeout:g}")
+        return Console(quiet=not first(timeout)), errors
 
 
-def first() -> bool:
+def first(timeout: float = TIMEOUT) -> bool:
     """Whether this process owns screen and files: it is alone, or the first of those that a launcher started."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return True
     from hybridtheory import ranks
 
-    return ranks.join().writes
+    return ranks.join(timeout).writes
 
 
 def follow(

@@ -14,7 +14,9 @@ import torch
 import transformers
 from torch import nn
 
+from hybridtheory.blocks import check_places
 from hybridtheory.errors import UserError
+from hybridtheory.shards import whole
 from probes.places import PACKAGED, Place, find, quiet
 from probes.sources import hub_reachable
 
@@ -117,6 +119,7 @@ def load_model(
 
 def prepare(model: nn.Module, tokenizer: Any, kind: str, name: str) -> Loaded:
     """Evaluation mode, no dropout, no ``padding_idx``, a padding token; hash and context length read off."""
+    check_places(model)
     model.eval()
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -155,7 +158,7 @@ def state_sha256(model: nn.Module) -> str:
     for name, value in sorted(model.state_dict().items()):
         if isinstance(value, torch.Tensor):
             digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            digest.update(whole(value.detach()).cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

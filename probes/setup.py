@@ -11,7 +11,8 @@ from hybridtheory.blocks import Block, partition
 from hybridtheory.engines import CHOICES, Engine, choose
 from hybridtheory.errors import UserError
 from hybridtheory.oracle import Oracle
-from hybridtheory.ranks import joined
+from hybridtheory.ranks import ALONE, joined
+from hybridtheory.shards import is_sharded
 from probes.given import Given
 from probes.records import BlockInfo, DataInfo, Header, ModelInfo, PeftInfo
 from probes.tasks import Task
@@ -60,7 +61,8 @@ class Probe(Generic[S]):
         if asked not in CHOICES:
             raise UserError(f"--engine is one of {', '.join(CHOICES)}, not {asked!r}")
 
-        shared = joined(groups[0].tensors[0].device if groups else "cpu")
+        first = groups[0].tensors[0]
+        shared = ALONE if is_sharded(first) else joined(first.device)
 
         def oracle(engine: str) -> Oracle:
             limit, rows_at_a_time = settings.max_memory, task.batches(size)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -23,6 +23,7 @@ from probes.records import DataInfo, Header, ModelInfo, Record
 from probes.records_sweep import Cell, Predictions, SweepTask
 from probes.sweep_cell import Failed, Work, describe, run_cell, unload
 from probes.sweep_study import Study
+from probes.sweep_watch import Watch
 from probes.sweep_work import needed
 
 T = TypeVar("T")
@@ -32,11 +33,15 @@ BACKENDS = ("loky", "dask")
 
 @dataclass(frozen=True)
 class Pool:
-    """Who runs the cells: ``jobs`` processes of this machine, or the workers of a Dask scheduler (None: a cluster on this machine)."""
+    """Who runs the cells: ``jobs`` processes of this machine, or the workers of a Dask scheduler (None: a cluster on this machine).
+
+    timeout  seconds without progress after which a worker of this machine is ended; those of Dask are Dask's to watch.
+    """
 
     jobs: int = 1
     backend: str = "loky"
     scheduler: str | None = None
+    timeout: float = 120.0
 
     def __post_init__(self) -> None:
         if self.jobs < 1:
@@ -104,6 +109,7 @@ class Sweep:
     registered: Predictions | None = None
     tasks: dict[tuple[str, int], SweepTask] = field(default_factory=dict)
     cells: dict[tuple[Any, ...], Cell] = field(default_factory=dict)  # by line, place and seed
+    watch: Watch = field(default_factory=Watch)
     _by_id: dict[str, Cell] = field(default_factory=dict)
     _took: dict[str, list[float]] = field(default_factory=dict)
 
@@ -116,7 +122,8 @@ class Sweep:
                 self.tasks[record.name, record.seed] = record
             elif isinstance(record, Cell):
                 self._keep(record)
-        with self.pool.open() as every:
+        watched = self.pool.backend == "loky" and self.pool.jobs > 1
+        with self.pool.open() as every, self.watch.watching(self.pool.timeout) if watched else nullcontext():
             for source in self.study.sources:
                 if not self._task(source.name, every):
                     return False
@@ -200,7 +207,7 @@ class Sweep:
                 if self._over():
                     return
                 running[work.id] = work
-                yield work
+                yield replace(work, sign=self.watch.sign(work.id))
 
         missed = False
         try:
@@ -217,6 +224,11 @@ class Sweep:
                 for work in running.values():
                     error.add_note(f"while cell {work} ran")
                 raise
+            for hung in self.watch.hung & running.keys():
+                raise UserError(
+                    f"the worker of cell {running[hung]} made no progress for {self.pool.timeout:g} s and was ended; finished cells are "
+                    f"kept: --resume goes on (with a longer --timeout, where one forward pass takes that long)"
+                ) from None
             listed = " or ".join(map(str, running.values())) or "none"
             raise UserError(
                 f"a worker died while it ran cell {listed}; finished cells are kept. Where memory was short, lower --n-jobs or "

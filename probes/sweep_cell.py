@@ -28,6 +28,7 @@ from probes.records import Evaluation, Outcome, Record, Step
 from probes.records_sweep import Cell, SweepTask
 from probes.setup import Probe, header
 from probes.sweep_study import Source
+from probes.sweep_watch import living
 from probes.tasks import Task, load_task
 from probes.train_settings import TrainSettings
 
@@ -37,7 +38,9 @@ HELD_OUT = 64  # training rows scored before and after where the runs are scored
 
 @dataclass(frozen=True)
 class Work:
-    """What a worker needs for one cell. expected: the task as the sweep knows it; folder: for checkpoints; until: epoch seconds."""
+    """What a worker needs for one cell. expected: the task as the sweep knows it; folder: for checkpoints; until: epoch seconds; sign:
+    of life (`probes.sweep_watch`).
+    """
 
     id: str
     source: Source
@@ -47,6 +50,7 @@ class Work:
     threads: int
     folder: str | None = None
     until: float | None = None
+    sign: str | None = None
 
     def __str__(self) -> str:
         f, s = self.fields, self.settings
@@ -156,6 +160,11 @@ def _run(work: Work) -> Cell:
     started = time.perf_counter()
     found = loaded(work.source, work.settings.seed)
     _check_same(work, found.task)
+    with living(found.task.model, work.sign):
+        return replace(_trained(work, found), seconds=time.perf_counter() - started)
+
+
+def _trained(work: Work, found: Loaded) -> Cell:
     settings, held_out = work.settings, work.settings.eval_data != "train"
     if held_out and found.start is None:
         found.start = _training_loss(found.task, settings)
@@ -176,7 +185,7 @@ def _run(work: Work) -> Cell:
     cell = _cell(work, records, outcome, start, final, scored[-1] if held_out and ended else None)
     if work.folder is not None:
         shutil.rmtree(Path(work.folder) / work.id, ignore_errors=True)
-    return replace(cell, seconds=time.perf_counter() - started)
+    return cell
 
 
 def _training_loss(task: Task, settings: TrainSettings) -> float:

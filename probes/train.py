@@ -76,7 +76,7 @@ class Run:
             self.optimizer.run["seconds"] = self.spent + now - self.clock
         self.emit(Step(step + 1, loss, lr, slopes, **counts, tokens=self.tokens, extra=extra, seconds=now - self.clock))
         made, every = step + 1, self.settings.eval_every
-        self.why = "budget" if self.budget_spent() else "interrupted" if self.stop() else ""
+        self.why = self.ends()
         if every and made % every == 0:
             self.look(made)
         # A step on the way to divergence is no place to go back to.
@@ -122,6 +122,11 @@ class Run:
             "law": s.law,
             "options": s.options,
         }
+
+    def ends(self) -> str:
+        """Why the run ends here, "" where it goes on. Processes agree: the first one's clock counts, and whoever is asked to stop."""
+        spent, asked = self.ranks.sum(float(self.ranks.writes and self.budget_spent()), float(self.stop()))
+        return "budget" if spent else "interrupted" if asked else ""
 
     def budget_spent(self) -> bool:
         s = self.settings

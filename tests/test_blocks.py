@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import AutoTokenizer, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
 from hybridtheory.blocks import partition, split
 from hybridtheory.errors import UserError
+from probes.tasks import load_task
 from tests.toys import is_lora, language_model, with_lora
 
 RULES = ["group", "layer", "module", r"\.\d+"]
@@ -24,6 +28,32 @@ def test_disjoint_and_covering(kind: str, by: str) -> None:
     assert sorted(names) == sorted(n for n, _ in model.named_parameters())  # named_parameters counts tied weights once
     assert len({id(t) for b in blocks for t in b.tensors}) == len(names)
     assert sum(b.numel for b in blocks) == sum(p.numel() for p in model.parameters())
+
+
+def test_a_device_map_that_keeps_the_weights_in_one_place_is_served_and_offloading_is_refused(
+    gpt2: Path, films: Path, tmp_path: Path
+) -> None:
+    plain = GPT2LMHeadModel.from_pretrained(gpt2)
+    auto = GPT2LMHeadModel.from_pretrained(gpt2, device_map="auto" if not torch.cuda.is_available() else "cpu")
+    options = {"tokenizer": AutoTokenizer.from_pretrained(gpt2), "rows": 4}
+    infos = [load_task(m, films, **options).info["model_sha256"] for m in (plain, auto)]
+    assert infos[0] == infos[1]
+
+    places = {
+        "transformer.wte": "cpu",
+        "transformer.wpe": "cpu",
+        "transformer.h": "disk",
+        "transformer.ln_f": "cpu",
+        "lm_head": "cpu",
+    }
+    disk = GPT2LMHeadModel.from_pretrained(gpt2, device_map=places, offload_folder=str(tmp_path / "offloaded"))
+    for away in (disk, cpu_offload(GPT2LMHeadModel.from_pretrained(gpt2), torch.device("cpu"))):
+        with torch.no_grad():
+            assert away(torch.tensor([[1, 2, 3]])).logits.isfinite().all()  # it does run
+        with pytest.raises(UserError, match=r"of the model's \d+ tensors are not in memory .* load it whole"):
+            partition(away)
+        with pytest.raises(UserError, match="device_map has offloaded them"):
+            load_task(away, films, **options)
 
 
 def test_peft_is_told_from_base() -> None:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Callable
-from datetime import timedelta
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import distributed as dist
-from torch import multiprocessing as mp
 
+from hybridtheory import ranks as shared
 from hybridtheory.curvature import coupling, spectrum, traces
 from hybridtheory.errors import UserError
 from hybridtheory.optimizers import build
@@ -23,30 +25,13 @@ from hybridtheory.oracle import Oracle, microbatches
 from hybridtheory.ranks import ALONE, Ranks, checksum
 from hybridtheory.training import closure_of, train
 from probes import rundir
+from probes.jsonl import stable
 from probes.records import Step
 from probes.report import Report
+from tests.processes import together
 from tests.toys import NextToken, is_lora, language_model, tokens, with_lora
 
 ROWS, LENGTH = 6, 8
-
-
-def start(rank: int, size: int, work: Callable[..., Any], folder: str, arguments: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size, timeout=timedelta(seconds=20)
-    )
-    try:
-        torch.save(work(Ranks(rank, size), *arguments), f"{folder}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
-
-
-def together(size: int, folder: Path, work: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """What ``work(ranks, ...)`` returns in each of ``size`` processes."""
-    folder.mkdir()
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    mp.spawn(start, (size, work, str(folder), arguments), nprocs=size)
-    return [torch.load(folder / f"{r}.pt", weights_only=False) for r in range(size)]
 
 
 def oracle_of(ranks: Ranks) -> tuple[Oracle, list[Any]]:
@@ -249,3 +234,117 @@ def test_training_under_torchrun_is_training(tmp_path: Path, gpt2: Path, films: 
     launched(1, tmp_path / "one", "hybrid-train", str(gpt2), "--task", str(films), *wanted)
     losses = [[r.loss for r in rundir.load(tmp_path / name) if isinstance(r, Step)] for name in ("one", "two")]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5) and len(losses[0]) == 6
+
+
+def budgeted(ranks: Ranks, model: str, data: str, clock: float, pressed: int | None) -> list[Any]:
+    """Steps made and what was said, of a run whose second process has a clock that is ``clock`` times as fast and is asked to stop
+    after ``pressed`` steps."""
+    from probes import train as training
+    from probes.tasks import load_task
+    from probes.train_settings import TrainSettings
+
+    shared._joined = ranks
+    other = ranks.rank == 1
+    if other:
+        real = time.perf_counter
+        training.time = SimpleNamespace(perf_counter=lambda: clock * real())
+    task = load_task(model, data, rows=6, rank=2)
+    seconds = None if pressed else 0.5
+    settings = TrainSettings(
+        method="mezo", lr_base=1e-4, steps=None if seconds else 20, seconds=seconds, batch=4, eval_rows=2, final_rows=2
+    )
+    made: list[Step] = []
+
+    def emit(record: Any) -> None:
+        made.extend([record] if isinstance(record, Step) else [])
+
+    try:
+        outcome = training.run(task, settings, emit, stop=lambda: other and len(made) == pressed).status
+    except KeyboardInterrupt:
+        outcome = "interrupted"
+    return [len(made), outcome]
+
+
+@pytest.mark.slow
+def test_processes_end_a_run_at_the_same_step(tmp_path: Path, gpt2: Path, films: Path) -> None:
+    """The first one's clock is the budget's; Ctrl-C may reach any of them."""
+    first, second = together(2, tmp_path / "seconds", budgeted, str(gpt2), str(films), 1e6, None)
+    assert first == second and first[0] > 1 and first[1] == "budget"
+    assert together(2, tmp_path / "asked", budgeted, str(gpt2), str(films), 1.0, 3) == [[3, "interrupted"]] * 2
+
+
+def started(folder: Path, *arguments: str, timeout: int = 30) -> list[subprocess.Popen[str]]:
+    """hybrid-train in two processes, as a launcher on two machines would start them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+    own = [
+        str(Path(sys.executable).with_name("hybrid-train")),
+        *arguments,
+        "--out",
+        str(folder),
+        "--timeout",
+        str(timeout),
+    ]
+    return [
+        subprocess.Popen(own, env={**os.environ, **meeting, **quiet, "RANK": str(r)}, stderr=subprocess.PIPE, text=True)
+        for r in range(2)
+    ]
+
+
+def wait_for_step(folder: Path, step: int, run: list[subprocess.Popen[str]]) -> None:
+    made = 0
+    while made < step:
+        assert all(p.poll() is None for p in run), [p.communicate()[1] for p in run]
+        time.sleep(0.01)
+        if (folder / rundir.RECORDS).exists():
+            made = (folder / rundir.RECORDS).read_bytes().count(b'"kind": "step"')
+
+
+def trained_by(folder: Path) -> list[str]:
+    return [json.dumps([type(r).__name__, stable(r)]) for r in rundir.load(folder)]
+
+
+@pytest.mark.slow
+def test_ctrl_c_and_a_rank_that_hangs_end_in_a_sentence_on_every_rank_and_resume_goes_on(
+    tmp_path: Path, gpt2: Path, films: Path
+) -> None:
+    wanted = [
+        str(gpt2),
+        "--task",
+        str(films),
+        "--method",
+        "hybrid",
+        "--steps",
+        "400",
+        "--batch",
+        "4",
+        "--eval-every",
+        "0",
+    ]
+    wanted += ["--eval-rows", "4", "--checkpoint-every", "10", "--lr-base", "1e-4", "--lr-peft", "1e-2"]
+    whole = started(tmp_path / "whole", *wanted)
+    assert [(p.communicate(), p.returncode)[1] for p in whole] == [0, 0]
+
+    folder = tmp_path / "cut"
+    run = started(folder, *wanted)
+    wait_for_step(folder, 25, run)
+    run[1].send_signal(signal.SIGINT)  # of one of them: both stop after the same step
+    for p in run:
+        told = p.communicate()[1]
+        assert p.returncode == 130 and "interrupted" in told and "to go on: hybrid-train" in told, told
+
+    run = started(folder, *wanted, "--resume", timeout=3)
+    wait_for_step(folder, 100, run)
+    run[1].send_signal(signal.SIGSTOP)
+    told = run[0].communicate()[1]
+    assert run[0].returncode == 2 and "rank 0 waited for another rank in vain" in told and "--timeout" in told, told
+    run[1].send_signal(signal.SIGCONT)
+    told = run[1].communicate()[1]
+    assert run[1].returncode == 2 and "rank 1 waited for another rank in vain" in told, told
+
+    run = started(folder, *wanted, "--resume")
+    assert [(p.communicate(), p.returncode)[1] for p in run] == [0, 0]
+    assert trained_by(folder) == trained_by(tmp_path / "whole")

@@ -276,6 +276,35 @@ def test_a_worker_that_dies_is_named_and_nothing_finished_is_lost(made, whole, t
     assert [c.id for c in done[: len(kept)]] == list(kept)
 
 
+def test_a_worker_that_hangs_is_ended_and_nothing_finished_is_lost(made, whole, tmp_path, monkeypatch):
+    """One of two loky workers is stopped in the middle of its run, as a machine that swaps to death would stop it."""
+    expected, _ = whole
+    victim = cells(expected)[8].id
+    evaluated = train.evaluate
+
+    def hanging(work):
+        if work.id != victim:
+            return sweep_cell.run_cell(work)
+
+        def stopped(*arguments):
+            os.kill(os.getpid(), signal.SIGSTOP)
+            return evaluated(*arguments)
+
+        train.evaluate = stopped  # in this worker, which does nothing else any more
+        return sweep_cell.run_cell(work)
+
+    folder = tmp_path / "run"
+    monkeypatch.setattr(sweep, "run_cell", hanging)
+    with pytest.raises(
+        UserError, match=rf"the worker of cell {victim} \(tiny, .* made no progress for 1 s and was ended.*--resume"
+    ):
+        run(made, folder, pool=sweep.Pool(2, timeout=1))
+    kept = {c.id: jsonl.stable(c) for c in cells(rundir.load(folder))}
+    assert len(kept) >= 6 and victim not in kept
+    monkeypatch.undo()
+    assert by_place(cells(run(made, folder, True))) == by_place(cells(expected))
+
+
 def test_a_model_that_changed_since_is_refused(made, whole, tmp_path):
     _, folder = whole
     text = (folder / rundir.RECORDS).read_text().splitlines(keepends=True)

@@ -10,7 +10,8 @@ This reaches only weights that are read by the forward of the module that owns t
 vectors or prompts are read from elsewhere. Which ones is not guessed from names but observed: during the first
 evaluation of a `Perturbation` every operation's operands are compared with the block's storages. A tensor whose
 original is touched is from then on replaced as a whole, by its ``.data``, for as long as the perturbation lasts (one
-copy of those tensors), and the evaluation is repeated.
+copy of those tensors), and the evaluation is repeated. Sharded tensors are moved where they are, since what gathers them
+does not look at their modules, and put back from a copy: of each process's part.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from hybridtheory import shards
 from hybridtheory.blocks import Block
 from hybridtheory.errors import UserError
 from hybridtheory.estimators.law import Law, merged
@@ -70,7 +72,8 @@ class Perturbation:
                 f"the model does not hold {sorted(missing)[0]!r} of block {self.block.name!r}: the block "
                 f"belongs to another model"
             )
-        self._whole: set[str] = set()  # names that replacing a module's attribute does not reach
+        # Names that replacing a module's attribute does not reach: sharded tensors, and others as they come to light.
+        self._whole = {name for name, p in self.block.parameters.items() if shards.is_sharded(p)}
         self.accepted: set[float] = set()  # values of mu that the weights were seen not to absorb
         self._inside = False
         self._derived = False  # has a forward derivative shown that it reaches every tensor?
@@ -97,14 +100,16 @@ class Perturbation:
         names = [n for n in self.block.names if law.touches(key, n)]
         mode = (self.model.training, torch.is_grad_enabled())
         checked = self._checked.setdefault(mode, {})
-        observer = None if checked.keys() >= set(names) else Observer(self.block.parameters, self._whole)
+        reached = set(names) - self._whole
+        observer = None if checked.keys() >= reached else Observer(self.block.parameters, self._whole)
         originals: list[tuple[nn.Parameter, Tensor]] = []
         try:
             for name in names:
                 if name in self._whole:
                     parameter = self.block.parameters[name]
-                    originals.append((parameter, parameter.data))
-                    parameter.data = law.shift(key, name, parameter.data, scale)
+                    originals.append((parameter, shards.kept(parameter)))
+                    w = shards.whole(parameter.detach())
+                    shards.put(parameter, shards.part(law.shift(key, name, w, scale), parameter))
             with self._wrapped(
                 lambda n, p: law.shift(key, n, p, scale),
                 names,
@@ -116,7 +121,7 @@ class Perturbation:
                 yield
         finally:
             for parameter, data in originals:
-                parameter.data = data
+                shards.put(parameter, data)
         if observer is not None:
             raw = observer.raw.intersection(names)
             if raw:
@@ -136,6 +141,10 @@ class Perturbation:
         is replaced as an attribute of its module; one that is read in yet another way (an LSTM's flat list) raises
         UserError.
         """
+        if shards.any_sharded(self.block.tensors):
+            raise UserError(
+                'what gathers a sharded model\'s weights has no forward derivative: use difference="central"'
+            )
         mode = (self.model.training, False)
         names = [n for n in self.block.names if law.touches(key, n)]
         with torch.no_grad():

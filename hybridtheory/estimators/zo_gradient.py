@@ -19,6 +19,8 @@ from hybridtheory.errors import UserError
 from hybridtheory.estimators.law import SMALL, Kept, Law
 from hybridtheory.estimators.perturb import Perturbation
 from hybridtheory.estimators.streams import Key
+from hybridtheory.shards import any_sharded, local, part, rewritten, whole
+from hybridtheory.shards import total as shared
 from hybridtheory.threads import each
 from hybridtheory.vectors import Tensors
 
@@ -72,9 +74,13 @@ class ZOGradient:
         q = len(self.keys)
 
         def add(item: tuple[str, Tensor]) -> None:
-            name, parameter = item
+            name, held = item
             a = alpha[name] if isinstance(alpha, Mapping) else alpha
-            target = parameter if into is None else into[name]
+            written = held if into is None else into[name]
+            with rewritten(written) as target:
+                add_whole(name, target if written is held else whole(held), target, a)
+
+        def add_whole(name: str, parameter: Tensor, target: Tensor, a: float) -> None:
             if q == 1 and self.realised is None and target is parameter:
                 if self.law.touches(self.keys[0], name):
                     self.law.shift(self.keys[0], name, target, a * self.slopes[0], out=target)
@@ -83,16 +89,20 @@ class ZOGradient:
             if u is not None:
                 target.add_(u)
 
-        each(add, self.block.parameters.items(), self.block.numel, self.block.tensors[0].device)
+        if any_sharded(self.block.tensors):  # processes gather in the same order
+            for item in self.block.parameters.items():
+                add(item)
+        else:
+            each(add, self.block.parameters.items(), self.block.numel, self.block.tensors[0].device)
 
     @torch.no_grad()
     def dense(self) -> Tensors:
         """ĝ itself, aligned with the block's tensors: for probes."""
         out = []
         for name, parameter in self.block.parameters.items():
-            u = self.direction(name, parameter, [s / len(self.keys) for s in self.slopes])
+            u = self.direction(name, whole(parameter), [s / len(self.keys) for s in self.slopes])
             dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-            out.append(torch.zeros_like(parameter, dtype=dtype) if u is None else u)
+            out.append(torch.zeros_like(parameter, dtype=dtype) if u is None else part(u, parameter))
         return out
 
 
@@ -166,16 +176,18 @@ def absorbed_fraction(block: Block, mu: float) -> float:
 
     Rounded to the parameters' own dtype; tensors above 65,536 entries are sampled evenly.
     """
-    absorbed = total = 0.0
+    absorbed, total = 0.0, 0.0
     for p in block.tensors:
-        w = p.detach().reshape(-1)
+        w = local(p.detach()).reshape(-1)
+        if not w.numel():
+            continue  # a process without a row of it
         sample = w[:: max(1, w.numel() // 65_536)].double().abs()
         exponent = torch.frexp(sample)[1] - 1  # 2^e <= |w| < 2^(e+1)
         half_ulp = torch.exp2((exponent - _SIGNIFICAND[p.dtype]).double())
         share = torch.where(sample > 0, torch.erf(half_ulp / (mu * math.sqrt(2))), 0.0).mean()
         absorbed += float(share) * w.numel()
         total += w.numel()
-    return absorbed / total
+    return shared(absorbed, block.tensors) / shared(total, block.tensors)
 
 
 def check_mu(plan: Perturbation, mu: float, limit: float = 0.5) -> None:
@@ -207,6 +219,6 @@ def inner(law: Law, key: Key, block: Block, vector: Sequence[Tensor]) -> float:
     total = 0.0
     for (name, parameter), v in zip(block.parameters.items(), vector, strict=True):
         if law.touches(key, name):
-            u = law.fill(key, name, parameter).reshape(-1)
-            total += float(torch.dot(u.double(), v.reshape(-1).double()))
-    return total
+            u = local(part(law.fill(key, name, whole(parameter)), parameter)).reshape(-1)
+            total += float(torch.dot(u.double(), local(v).reshape(-1).double()))
+    return shared(total, block.tensors)
