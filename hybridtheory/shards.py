@@ -102,7 +102,7 @@ def settle(model: nn.Module) -> None:
     """
     for module in model.modules():
         if hasattr(module, "set_reshard_after_forward"):
-            module.set_reshard_after_forward(True, recurse=False)
+            module.set_reshard_after_forward(True, recurse=False)  # type: ignore[operator]
             module.reshard()  # type: ignore[operator]
     found = list(model.parameters())
     cut: list[Any] = [p for p in found if is_sharded(p)]
