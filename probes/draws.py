@@ -60,6 +60,8 @@ class Reference:
 
     @classmethod
     def of(cls, group: Block, part: dict[str, str], g: Tensors, Hg: Tensors, seed: int) -> Reference:
+        # Laws draw in float32 for 16-bit weights, and sums over millions of entries need it.
+        g, Hg = ([t.float() if t.dtype in (torch.bfloat16, torch.float16) else t for t in v] for v in (g, Hg))
         like = g[0]
         key = Key(seed)
         patterns = signs(key, "fixed test vectors", torch.empty(TESTS, _PATTERN, dtype=like.dtype, device=like.device))

@@ -311,6 +311,17 @@ def test_bfloat16_weights_add_their_rounding(root: Path, task: Task) -> None:
     assert b.absorbed[0] > b.absorbed[-1]
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_sums_over_16_bit_weights_are_taken_in_float32(root: Path, task: Task, dtype: str) -> None:
+    data = str(root / "films.jsonl")
+    coarse = load_task(str(root / "gpt2-estimators"), data, labels=["terrible", "great"], rows=8, rank=2, dtype=dtype)
+    got = compared(list(run(coarse, Settings(laws=LAWS, precision=0.12, directions=2, mus=(1e-2, 1e-1)))))
+    assert {law for _, law, _ in got} == set(LAWS)
+    for key, c in got.items():
+        if c.predicted is not None and c.stderr is not None:
+            assert abs(c.value - c.predicted) <= 5 * c.stderr + 1e-2 * abs(c.predicted), key
+
+
 def test_more_rows_queries_or_steps(records: list[Record]) -> None:
     for a in (a for a in records if isinstance(a, Allocation)):
         assert a.more_steps == 0.5
