@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 from hybridtheory.estimate import Estimate, Finding
 from hybridtheory.theory.checks import Hypothesis
+from probes.records_captured import Captured
 from probes.records_convergence import Checked, Constants, Descent, Exponent, Nearby, Trajectory
 from probes.records_cost import StepMemory, StepTime
 from probes.records_sweep import Cell, Predictions, SweepTask
@@ -569,6 +570,7 @@ Record = (
     | Constants
     | Exponent
     | Checked
+    | Captured
     | StepMemory
     | StepTime
     | SweepTask
@@ -601,6 +603,7 @@ KINDS: dict[str, type[Any]] = {
     "constants": Constants,
     "exponent": Exponent,
     "checked": Checked,
+    "captured": Captured,
     "step_memory": StepMemory,
     "step_time": StepTime,
     "sweep_task": SweepTask,
