@@ -46,8 +46,9 @@ def captured_energy(k: int, d: int) -> float:
     """E‖P'g‖²/‖g‖² = k/d for a random subspace of k of d dimensions (SubZero: r²/(mn) per matrix; a random mask:
     k/d).
 
-    >>> captured_energy(k=64, d=6400)
-    0.01
+    Examples:
+        >>> captured_energy(k=64, d=6400)
+        0.01
     """
     count("captured_energy", k=k, d=d)
     if k > d:
@@ -119,8 +120,9 @@ def srgf_second_moment(d: int, k: int, orthonormal: bool = False) -> float:
 
     Statement: Gaussian P, u = Pz/√k: (d+2)(k+2)/k. Orthonormal P, u = sqrt(d/k) Pz: d(k+2)/k. Ours.
 
-    >>> srgf_second_moment(d=98, k=8), srgf_second_moment(d=98, k=8, orthonormal=True)
-    (125.0, 122.5)
+    Examples:
+        >>> srgf_second_moment(d=98, k=8), srgf_second_moment(d=98, k=8, orthonormal=True)
+        (125.0, 122.5)
     """
     count("srgf_second_moment", d=d, k=k)
     if orthonormal and k > d:

@@ -61,9 +61,10 @@ def identity_q(
 
     On f = ‖x‖²/2 in 8 dimensions at ‖g‖² = 1, with the step 1/(tr H + 2) = 0.1, half of the descent is lost to curvature:
 
-    >>> step = identity_q(eta_x=0.1, eta_y=0.0, gx_sq=1.0, gy_sq=0.0, d=8, trace_xx=8.0, xHx=1.0)
-    >>> round(step.zo_descent, 3), round(step.zo_curvature, 3), round(step.change, 3)
-    (-0.1, 0.05, -0.05)
+    Examples:
+        >>> step = identity_q(eta_x=0.1, eta_y=0.0, gx_sq=1.0, gy_sq=0.0, d=8, trace_xx=8.0, xHx=1.0)
+        >>> round(step.zo_descent, 3), round(step.zo_curvature, 3), round(step.change, 3)
+        (-0.1, 0.05, -0.05)
     """
     nonnegative("Identity Q", eta_x=eta_x, eta_y=eta_y, gx_sq=gx_sq, gy_sq=gy_sq, forward_mu=forward_mu)
     finite("Identity Q", yHy=yHy, xHy=xHy, forward_cubed=forward_cubed)
@@ -99,10 +100,11 @@ def isotropic_factor(eta: float, L: float, d: int, q: int = 1) -> float:
 def divergence_threshold(L: float, d: int, q: int = 1) -> float:
     """2/(L (d+q+1)/q): above it E f of an isotropic quadratic grows in every step, below it shrinks. Exact, ours.
 
-    >>> divergence_threshold(L=2.0, d=98)
-    0.01
-    >>> isotropic_factor(0.01, L=2.0, d=98)
-    1.0
+    Examples:
+        >>> divergence_threshold(L=2.0, d=98)
+        0.01
+        >>> isotropic_factor(0.01, L=2.0, d=98)
+        1.0
     """
     positive("divergence_threshold", L=L)
     count("divergence_threshold", d=d)

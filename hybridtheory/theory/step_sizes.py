@@ -50,8 +50,9 @@ def curvature_per_gradient(d: float, q: int = 1) -> float:
     Statement:   E‖ĝ‖² = ((d + q + 1)/q)‖g‖², and E ĝ'Mĝ <= λ_max(M)((r + q + 1)/q)‖g‖² with r = tr(M)/λ_max(M).
     Reference:   ours (Isserlis); q = 1 gives the d + 2 of Nesterov & Spokoiny type bounds.
 
-    >>> curvature_per_gradient(98), curvature_per_gradient(98, q=9)
-    (100.0, 12.0)
+    Examples:
+        >>> curvature_per_gradient(98), curvature_per_gradient(98, q=9)
+        (100.0, 12.0)
     """
     nonnegative("curvature_per_gradient", d=d)
     count("curvature_per_gradient", q=q)
@@ -65,8 +66,9 @@ def worst_case(L: float, d: int, q: int = 1) -> Step:
     Statement:   the expected descent -η‖g‖² + (η²L/2)((d+q+1)/q)‖g‖² is least at this η, and below 0 up to twice it.
     Reference:   Theorem A0 with r = d (ours).
 
-    >>> worst_case(L=2.0, d=98).value
-    0.005
+    Examples:
+        >>> worst_case(L=2.0, d=98).value
+        0.005
     """
     positive("worst_case", L=L)
     count("worst_case", d=d)
@@ -93,8 +95,9 @@ def identity_q_optimum(
 
     The trace rules and the dimension does not: with tr H = 46 and g'Hg/‖g‖² = 2, whatever d is,
 
-    >>> identity_q_optimum(trace=46.0, gHg=2.0, g_sq=1.0).value
-    0.02
+    Examples:
+        >>> identity_q_optimum(trace=46.0, gHg=2.0, g_sq=1.0).value
+        0.02
     """
     positive("identity_q_optimum", g_sq=g_sq)
     nonnegative("identity_q_optimum", trace_se=trace_se)
@@ -145,8 +148,9 @@ def first_order(L: float, momentum: float = 0.0) -> tuple[Step, Step]:
                  exactly, and the step with the same drift is (1-β)/L.
     Reference:   textbook (Polyak 1964 for momentum).
 
-    >>> [step.value for step in first_order(L=4.0)]
-    [0.25, 0.5]
+    Examples:
+        >>> [step.value for step in first_order(L=4.0)]
+        [0.25, 0.5]
     """
     positive("first_order", L=L)
     check_momentum("first_order", momentum)
