@@ -34,7 +34,7 @@ QUESTIONS = (
     Question("What does hybrid cost in memory and wall-clock?", ("cost-embedded",), probed.cost),
     Question("Joint or sequential updates?", ("variants-embedded",), swept.order),
     Question("Why can accuracy fall while the loss falls?", ("accuracy-embedded",), probed.accuracy),
-    Question("Other zeroth-order methods as the base half?", ("methods-embedded", "variants-embedded"), swept.halves),
+    Question("Other zeroth-order methods as the base half?", ("variants-embedded",), swept.halves),
     Question("How does hybrid stand beside SGD and Adam?", ("methods-embedded",), swept.baselines),
     Question(
         "How do base and PEFT updates combine, and when does the coupling term help or hurt?",
