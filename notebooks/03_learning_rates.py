@@ -89,7 +89,7 @@ print(answer(live))
 
 # %%
 methods = SweepReport(load("methods-embedded", REPORTS, "notebook 03"))
-sweep_figures.drawn(methods)["rates-lora-hybrid-120-budget"]
+sweep_figures.drawn(methods)["rates-lora-hybrid-80-budget"]
 
 # %%
 print(answer(methods))

@@ -10,7 +10,7 @@ import numpy as np
 from scipy import stats
 
 from hybridtheory.theory.moments_subspace import srgf_second_moment
-from paper_figs.captured import by_refresh
+from paper_figs.captured import by_refresh, name
 from paper_figs.records import load
 from probes import markdown_cost
 from probes.markdown import interval, number, percent
@@ -187,10 +187,11 @@ def lazy_capture(reports: Path) -> str:
     told = []
     for refresh, runs in found.items():
         share = np.array([r.captured for r in runs]) / runs[0].expected
+        means = share.mean(axis=1)
         told.append(
-            f"refresh {refresh}: {number(share.mean())} times k/d over the run, {number(share[:, -10:].mean())} over its last 10 steps"
+            f"{name(refresh, runs)} {number(means.mean())} times k/d ({interval((means.min(), means.max()))} over {len(runs)} seeds)"
         )
-    return f"The subspace captures {'; '.join(told)}."
+    return f"Mean over a run of {share.shape[1]} steps: {'; '.join(told)}."
 
 
 def accuracy(reports: Path) -> str:

@@ -113,15 +113,11 @@ def page(reports: Path = REPORTS) -> str:
     for i, question in enumerate(QUESTIONS, 1):
         out += [f"## {i}. {question.text}", "", answered(question, reports), ""]
         if question.records:
-            out += [f"*Records:* {', '.join(_link(n, reports) for n in question.records)}", ""]
+            out += [f"*Records:* {', '.join(f'`docs/reports/{n}`' for n in question.records)}", ""]
     used = dict.fromkeys(n for q in QUESTIONS for n in q.records)
     out += ["## The commands", "", "| record | command |", "|---|---|"]
     out += [f"| {n} | `{command(n)}` |" for n in COMMANDS if n in used]
     return "\n".join(out) + "\n"
-
-
-def _link(name: str, reports: Path) -> str:
-    return f"[{name}](reports/{name}/report.md)" if (reports / name / "report.md").is_file() else f"`reports/{name}`"
 
 
 def main() -> int:
