@@ -10,7 +10,7 @@ import numpy as np
 from scipy import stats
 
 from hybridtheory.theory.moments_subspace import srgf_second_moment
-from paper_figs.captured import by_refresh, name
+from paper_figs import captured
 from paper_figs.records import load
 from probes import markdown_cost
 from probes.markdown import interval, number, percent
@@ -183,13 +183,14 @@ def sizes(reports: Path) -> str:
 
 
 def lazy_capture(reports: Path) -> str:
-    found = by_refresh(load("captured-embedded", reports, WHO))
+    found = captured.by_refresh(load("captured-embedded", reports, WHO))
     told = []
     for refresh, runs in found.items():
         share = np.array([r.captured for r in runs]) / runs[0].expected
         means = share.mean(axis=1)
         told.append(
-            f"{name(refresh, runs)} {number(means.mean())} times k/d ({interval((means.min(), means.max()))} over {len(runs)} seeds)"
+            f"{captured.name(refresh, runs)} {number(means.mean())} times k/d ({interval((means.min(), means.max()))} over "
+            f"{len(runs)} seeds)"
         )
     return f"Mean over a run of {share.shape[1]} steps: {'; '.join(told)}."
 
