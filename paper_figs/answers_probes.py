@@ -186,13 +186,15 @@ def lazy_capture(reports: Path) -> str:
     found = captured.by_refresh(load("captured-embedded", reports, WHO))
     told = []
     for refresh, runs in found.items():
-        share = np.array([r.captured for r in runs]) / runs[0].expected
-        means = share.mean(axis=1)
+        means = captured.over(runs).mean(axis=1)
         told.append(
-            f"{captured.name(refresh, runs)} {number(means.mean())} times k/d ({interval((means.min(), means.max()))} over "
-            f"{len(runs)} seeds)"
+            f"{captured.name(refresh, runs)} {number(means.mean())} ({interval((means.min(), means.max()))} over {len(runs)} seeds)"
         )
-    return f"Mean over a run of {share.shape[1]} steps: {'; '.join(told)}."
+    steps = len(next(iter(found.values()))[0].captured)
+    return (
+        f"Mean over a run of {steps} steps, in units of what a subspace that does not know the gradient captures in the mean: "
+        f"{'; '.join(told)}."
+    )
 
 
 def accuracy(reports: Path) -> str:

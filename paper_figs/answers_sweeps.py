@@ -153,17 +153,16 @@ def seeds(reports: Path) -> str:
 def edges(reports: Path) -> str:
     moved = total = 0
     factors = []
-    for name in ("methods-embedded", "queries-embedded", "refresh-embedded"):
-        for state in sweep(reports, name).states:
-            grid = state.line.grid
-            if grid is None or not state.known:
-                continue
-            total += 1
-            first = [grid.rate(i) for i in grid.first]
-            here = best_of(state.known)
-            if not first[0] <= here <= first[-1]:
-                moved += 1
-                factors.append(max(here / first[-1], first[0] / here))
+    for state in sweep(reports, "methods-embedded").states:
+        grid = state.line.grid
+        if grid is None or not state.known:
+            continue
+        total += 1
+        first = [grid.rate(i) for i in grid.first]
+        here = best_of(state.known)
+        if not first[0] <= here <= first[-1]:
+            moved += 1
+            factors.append(max(here / first[-1], first[0] / here))
     far = f", by a factor of up to {number(max(factors), 2)}" if factors else ""
     said = "Yes" if moved else "Not here"
     return f"{said}: in {moved} of {total} lines the best rate lay outside the first three points{far}."

@@ -48,9 +48,7 @@ QUESTIONS = (
     Question("Batch size?", ("estimators-smollm2", "estimators-embedded"), probed.batch_size),
     Question("Does lower variance speed convergence up?", ("queries-embedded",), swept.variance),
     Question("How much do seeds matter?", ("methods-embedded",), swept.seeds),
-    Question(
-        "Do grid edges hide better rates?", ("methods-embedded", "queries-embedded", "refresh-embedded"), swept.edges
-    ),
+    Question("Do grid edges hide better rates?", ("methods-embedded",), swept.edges),
     Question(
         "Is a near-zero cosine a problem?", ("estimators-smollm2", "convergence-embedded"), probed.near_zero_cosine
     ),

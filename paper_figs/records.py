@@ -51,7 +51,7 @@ COMMANDS = {
         "probe-smoothness --alpha 512 --points 2 --secants 4 --run-steps 4 --directions 4 --trace-tol 0.2"
     ),
     "accuracy-embedded": Made(
-        "hybrid-train --method peft-adamw --lr-peft 1e-3 --rows 256 --steps 200 --eval-every 5 --eval-rows 400 --final-rows 400"
+        "hybrid-train --method peft-adamw --lr-peft 1e-3 --rows 256 --steps 200 --eval-every 5 --eval-rows 200 --final-rows 200"
     ),
     "cost-embedded": Made(
         "probe-cost --rounds 6 --methods 'peft-sgd peft-adamw mezo subzero hybrid hybrid-subzero sgd adamw'"

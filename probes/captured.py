@@ -2,12 +2,13 @@
 
     task -> header -> for each refresh interval and seed: a run with the exact gradient at the start of every step -> its Captured record
 
-The subspace is drawn without knowing the gradient, so at the start of a window it captures k/d in the mean. Steps are taken inside it
-alone: what they descend is used up there first, and that is what the window's later steps show. The weights are as found at the end.
+A subspace that is drawn without knowing the gradient captures r²/(mn) of a matrix's energy in the mean. Steps are taken inside it alone:
+what they descend is used up there first, and that is what the later steps of a kept subspace show. The weights are as found at the end.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from hybridtheory.blocks import Block
 from hybridtheory.errors import UserError
 from hybridtheory.estimators import Key, SubZero
 from hybridtheory.optimizers import build
-from hybridtheory.vectors import Tensors, clone
+from hybridtheory.vectors import clone
 from probes.given import Given
 from probes.records import Captured, End, Record
 from probes.setup import Probe, header
@@ -32,7 +33,7 @@ class Settings:
 
     refreshes: tuple[int, ...] = (1, 10, 1000)
     rank: int = 8
-    steps: int = 60
+    steps: int = 40
     runs: int = 2
     lr_base: float = 3e-4
     mu: float = 1e-3
@@ -77,26 +78,18 @@ def _run(probe: Probe[Settings], base: Block, refresh: int, seed: int) -> Captur
     bound = law.bind(base, [])
     assert isinstance(bound, SubZero)
     shapes = {n: m for n, p in base.parameters.items() if (m := bound.matrix(p)) is not None}
-    k = sum(min(s.rank, *shape) ** 2 for shape in shapes.values())
-    d = sum(m * n for m, n in shapes.values())
+    part = {n: min(s.rank, *shape) ** 2 / math.prod(shape) for n, shape in shapes.items()}
+    d = {n: math.prod(shape) for n, shape in shapes.items()}
     shares: list[float] = []
+    expected: list[float] = []
     for step in walker.steps(s.steps):
         [gradient] = probe.oracle.gradient(base)
-        shares.append(_share(bound, Key(seed, step), base, list(shapes), gradient))
-    return Captured(
-        f"subzero:rank={s.rank}",
-        refresh,
-        seed,
-        s.lr_base,
-        k / d,
-        list(walker.loss[: len(shares)]),
-        shares,
-        walker.status,
-    )
-
-
-def _share(law: SubZero, key: Key, base: Block, names: list[str], gradient: Tensors) -> float:
-    """‖P′g‖²/‖g‖² over the tensors of these names."""
-    g = dict(zip(base.names, gradient, strict=True))
-    whole = sum(square(g[n]) for n in names)
-    return sum(captured_energy(law, key, n, base.parameters[n], g[n]) for n in names) / whole
+        g = dict(zip(base.names, gradient, strict=True))
+        energy = {n: square(g[n]) for n in shapes}
+        whole = sum(energy.values())
+        inside = (captured_energy(bound, Key(seed, step), n, base.parameters[n], g[n]) for n in shapes)
+        shares.append(sum(inside) / whole)
+        expected.append(sum(part[n] * energy[n] for n in shapes) / whole)
+    share = sum(part[n] * d[n] for n in shapes) / sum(d.values())
+    seen = list(walker.loss[: len(shares)])
+    return Captured(f"subzero:rank={s.rank}", refresh, seed, s.lr_base, share, seen, shares, expected, walker.status)

@@ -10,15 +10,17 @@ from typing import Literal
 class Captured:
     """One run of zeroth-order steps on the base in SubZero's subspaces, all rows in every step.
 
-    At the start of every step: loss of all rows; captured = ‖P′g‖²/‖g‖² over the matrices that have a subspace. expected = k/d is
-    what a subspace that knows nothing of the gradient captures in the mean. refresh: steps between two subspaces.
+    At the start of every step: loss of all rows; captured = ‖P′g‖²/‖g‖² over the matrices that have a subspace; expected: what subspaces
+    that know nothing of the gradient capture in the mean, Σ (r²/mn)‖G‖²/‖g‖² over the matrices, which is k/d where all are of one size
+    or have their share of the energy. refresh: steps between two subspaces. share: k/d.
     """
 
     law: str
     refresh: int
     seed: int
     lr: float
-    expected: float
+    share: float
     loss: list[float]
     captured: list[float]
+    expected: list[float]
     status: Literal["finished", "not finite"]
