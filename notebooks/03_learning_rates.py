@@ -20,6 +20,7 @@
 # %%
 from pathlib import Path
 
+from hybridtheory.errors import UserError
 from paper_figs.records import load
 from probes import rundir, sweep_figures
 from probes.markdown import interval, number, rate
@@ -40,7 +41,7 @@ REPORTS = ROOT / "docs" / "reports"
 
 # %%
 task = {"name": "lora", "rank": 8, "rows": 16}
-planned = Settings(points=2, secants=2, run_steps=6, directions=4, max_vectors=12, steps=10, batch_size=8)
+planned = Settings(points=2, secants=2, run_steps=6, directions=4, max_vectors=8, steps=8, batch_size=8)
 predicted = Report.of(run(load_task(rows=16, rank=8), planned)).recommendation
 for name in ("base", "peft", "ratio"):
     print(f"predicted {name}: {rate(getattr(predicted, name))}")
@@ -50,13 +51,13 @@ for name in ("base", "peft", "ratio"):
 
 # %%
 description = {
-    "steps": 10, "seeds": 2, "axes": ["base", "peft"], "task": [task], "train": {"batch": 8, "eval_rows": 16},
-    "grid": {"base": predicted.base.value, "peft": predicted.peft.value, "points": 3, "extensions": 1, "refine": 3, "boundary": False},
+    "steps": 8, "seeds": 2, "axes": ["base", "peft"], "task": [task], "train": {"batch": 8, "eval_rows": 16},
+    "grid": {"base": predicted.base.value, "peft": predicted.peft.value, "points": 3, "extensions": 0, "refine": 3, "boundary": False},
 }  # fmt: skip
 found = []
 Sweep(study(description), found.append, lambda *said: None).run([], {})
 live = SweepReport(found)
-sweep_figures.drawn(live)["rates-lora-hybrid-10-steps"]
+sweep_figures.drawn(live)["rates-lora-hybrid-8-steps"]
 
 
 # %%
@@ -88,11 +89,15 @@ print(answer(live))
 # The methods at equal budget, and every study whose predictions were committed before its runs. A study that is not there yet is named.
 
 # %%
-methods = SweepReport(load("methods-embedded", REPORTS, "notebook 03"))
-sweep_figures.drawn(methods)["rates-lora-hybrid-80-budget"]
+try:
+    methods = SweepReport(load("methods-embedded", REPORTS, "notebook 03"))
+    print(answer(methods))
+except UserError as error:
+    methods = None
+    print(f"MISSING: {error}")
 
 # %%
-print(answer(methods))
+sweep_figures.drawn(methods)["rates-lora-hybrid-80-budget"] if methods else None
 
 # %%
 descriptions = sorted(p.stem for p in (ROOT / "studies").glob("*.toml"))

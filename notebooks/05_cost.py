@@ -53,28 +53,33 @@ def answer(report: Report) -> str:
 
 print(answer(live))
 
+
+# %%
+def committed(name: str) -> Report | None:
+    """A committed run with its answer and warnings; one that is not there says which command makes it."""
+    try:
+        found = Report.of(load(name, REPORTS, "notebook 05"))
+    except UserError as error:
+        print(f"MISSING: {error}")
+        return None
+    print(answer(found), *(f"WARNING: {w.text}" for w in found.warnings), sep="\n")
+    return found
+
+
 # %% [markdown]
 # ## The committed run on the embedded model, with memory
 
 # %%
-whole = Report.of(load("cost-embedded", REPORTS, "notebook 05"))
-figures.drawn(whole)["memory"]
+whole = committed("cost-embedded")
 
 # %%
-print(answer(whole))
-for warning in whole.warnings:
-    print(f"WARNING: {warning.text}")
+figures.drawn(whole)["memory"] if whole else None
 
 # %% [markdown]
 # ## SmolLM2-135M
 
 # %%
-try:
-    real = Report.of(load("cost-smollm2", REPORTS, "notebook 05"))
-    print(answer(real))
-except UserError as error:
-    real = None
-    print(f"MISSING: {error}")
+real = committed("cost-smollm2")
 
 # %%
 figures.drawn(real)["memory"] if real else None

@@ -141,7 +141,7 @@ def coupling(reports: Path) -> str:
 
 def scale(reports: Path) -> str:
     told, scales, tops, passed = [], [], [], False
-    for name in ("scale-2-embedded", "scale-16-embedded", "scale-64-embedded"):
+    for name in ("scale-2-embedded", "scale-64-embedded"):
         found = report(reports, name)
         first = found.points[0].blocks
         base, peft = (max(abs(first[g].lam_min.value), first[g].lam_max.value) for g in ("base", "peft"))  # type: ignore[union-attr]

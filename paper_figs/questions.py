@@ -77,7 +77,7 @@ QUESTIONS = (
     ),
     Question(
         "Is the base less smooth than PEFT, or is that α/r and the initialisation?",
-        ("scale-2-embedded", "scale-16-embedded", "scale-64-embedded", "smoothness-smollm2-sst2"),
+        ("scale-2-embedded", "scale-64-embedded", "smoothness-smollm2-sst2"),
         probed.scale,
     ),
 )

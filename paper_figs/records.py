@@ -44,9 +44,6 @@ COMMANDS = {
     "scale-2-embedded": Made(
         "probe-smoothness --alpha 16 --points 2 --secants 4 --run-steps 4 --directions 4 --trace-tol 0.2"
     ),
-    "scale-16-embedded": Made(
-        "probe-smoothness --alpha 128 --points 2 --secants 4 --run-steps 4 --directions 4 --trace-tol 0.2"
-    ),
     "scale-64-embedded": Made(
         "probe-smoothness --alpha 512 --points 2 --secants 4 --run-steps 4 --directions 4 --trace-tol 0.2"
     ),
