@@ -13,7 +13,7 @@ TEST_ENV = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 PYTEST = $(TEST_ENV) $(BIN)/python -m pytest -x -q -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow lint types contract wheel real-data bench figures gpu-check clean
+.PHONY: help demo test slow doctest lint types contract wheel real-data bench figures records docs gpu-check clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
@@ -46,7 +46,10 @@ types: $(VENV)/.dev  ## mypy
 contract: $(VENV)/.dev  ## which package may import which
 	$(BIN)/lint-imports
 
-test: lint types contract  ## environment, linter, types, import contract, tests
+doctest: $(VENV)/.dev  ## the examples in the docstrings of the theory
+	$(TEST_ENV) $(BIN)/python -m pytest -q --doctest-modules hybridtheory/theory
+
+test: lint types contract doctest  ## environment, linter, types, import contract, examples, tests
 	$(PYTEST) -m "not slow and not real and not gpu"
 
 slow: $(VENV)/.dev  ## the tests that take longer
@@ -65,8 +68,20 @@ bench: $(VENV)/.core  ## speed and memory beside the public tools, which get an 
 	$(BIN)/python benchmarks/step_speed.py
 	$(BIN)/python benchmarks/hybrid_cost.py
 
-figures: $(VENV)/.core  ## the papers' figures from committed records, into docs/figures
+figures: $(VENV)/.core  ## the papers' figures and docs/questions.md from committed records
 	$(BIN)/python -m paper_figs
+	$(BIN)/python -m paper_figs.questions
+
+records: $(VENV)/.core  ## recompute the small committed records; says where a number changed
+	OMP_NUM_THREADS=1 $(BIN)/python studies/records.py
+
+$(VENV)/.docs: $(VENV)/.core
+	@$(PIP_INSTALL) -e '.[docs]'
+	@touch $@
+
+docs: doctest $(VENV)/.docs  ## the documentation as a site, into site/
+	$(BIN)/python -m mkdocs build --strict --quiet
+	@echo "site/index.html"
 
 # The contract tables with every tensor on the device, then CUDA against the CPU, then the timings.
 gpu-check: $(VENV)/.dev  ## numeric tests and benchmarks on a CUDA device; says so when there is none
@@ -77,4 +92,4 @@ gpu-check: $(VENV)/.dev  ## numeric tests and benchmarks on a CUDA device; says 
 	else echo "no CUDA device is visible to torch on this machine: nothing was checked"; fi
 
 clean:  ## remove the environment, caches and runs
-	rm -rf $(VENV) .venv-* build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis runs
+	rm -rf $(VENV) .venv-* build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis runs

@@ -18,9 +18,8 @@ from types import ModuleType
 from typing import Any
 
 from hybridtheory.errors import UserError
-from probes import rundir
+from paper_figs.records import load
 from probes.figures import style
-from probes.records import Record
 
 FIGURES = ("local_smoothness", "cosine_and_variance", "cosine_laws", "error_budget", "descent", "bounds")
 
@@ -31,27 +30,16 @@ def module(name: str) -> ModuleType:
     return import_module(f"paper_figs.{name}")
 
 
-def records(wanted: tuple[str, ...], root: Path, name: str) -> list[list[Record]]:
-    """The records of every run folder that a figure needs."""
-    found = []
-    for folder in wanted:
-        if not (root / folder / rundir.RECORDS).is_file():
-            raise UserError(
-                f"the figure {name} needs the record {root / folder}, which is not there: make records, or fetch it"
-            )
-        found.append(rundir.load(root / folder))
-    return found
-
-
 def draw(name: str, root: Path, out: Path) -> list[Path]:
     """OUT/NAME.pdf, .png and .md."""
     figure_of = module(name)
-    data = records(figure_of.RECORDS, root, name)
+    data = [load(r, root, f"the figure {name}") for r in figure_of.RECORDS]
     with style():
         figure = figure_of.draw(*data)
     if figure is None:
         raise UserError(
-            f"the records of the figure {name} ({', '.join(figure_of.RECORDS)}) hold nothing that it shows: make records"
+            f"the records of the figure {name} ({', '.join(figure_of.RECORDS)}) hold nothing that it shows: make them again with "
+            f"python studies/records.py {' '.join(figure_of.RECORDS)}"
         )
     out.mkdir(parents=True, exist_ok=True)
     paths = []

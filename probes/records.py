@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from hybridtheory.estimate import Finding
+from probes.records_captured import Captured
 from probes.records_convergence import Checked, Constants, Descent, Exponent, Nearby, Trajectory
 from probes.records_cost import StepMemory, StepTime
 from probes.records_estimators import Allocation, Budget, Estimator
@@ -175,6 +176,7 @@ Record = (
     | Constants
     | Exponent
     | Checked
+    | Captured
     | StepMemory
     | StepTime
     | SweepTask
@@ -207,6 +209,7 @@ KINDS: dict[str, type[Any]] = {
     "constants": Constants,
     "exponent": Exponent,
     "checked": Checked,
+    "captured": Captured,
     "step_memory": StepMemory,
     "step_time": StepTime,
     "sweep_task": SweepTask,

@@ -19,6 +19,7 @@ from typing import IO
 from hybridtheory.errors import UserError
 from probes.jsonl import decode, differences, encode, read_lines, stable
 from probes.records import (
+    Captured,
     End,
     Epoch,
     Estimator,
@@ -39,7 +40,7 @@ except ImportError:  # no such lock on Windows: two commands on one folder are t
     fcntl = None  # type: ignore[assignment]
 
 RECORDS = "records.jsonl"
-MEASUREMENTS = (Point, Secant, Estimator, Epoch, Step, Evaluation, StepMemory, StepTime, SweepTask)
+MEASUREMENTS = (Point, Secant, Estimator, Epoch, Step, Evaluation, StepMemory, StepTime, SweepTask, Captured)
 
 
 def _candidates(probe: str, model: str, data: str, root: Path) -> Iterator[Path]:

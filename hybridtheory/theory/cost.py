@@ -97,6 +97,12 @@ def passes(method: str, q: int = 1, one_sided: bool = False, joint: bool = True,
     Statement: zo 2q, one-sided q + 1; fo 1 + a backward; hybrid their sum, less 1 forward where f(w) is reused; conservative 2 + 3
                (w, w - ηĝ, w + ηĝ on the same batch); HiZOO 3; forward gradient q passes, each with its derivative beside it; bilevel
                K inner gradients, one of each level for p, the value at s, and Φ (three losses) at q + 1 points.
+
+    Examples:
+        >>> passes("zo"), passes("hybrid", one_sided=True)
+        (Passes(forward=2, backward=0), Passes(forward=2, backward=1))
+        >>> passes("hybrid", one_sided=True).time(backward=2.0)
+        4.0
     """
     count("passes", q=q, inner_steps=inner_steps)
     zo = q + 1 if one_sided else 2 * q

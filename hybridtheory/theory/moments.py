@@ -63,6 +63,10 @@ def second_moment(law: str, d: int, q: int = 1) -> float:
     """E‖ĝ‖²/‖g‖²: (d+q+1)/q gaussian, (d+q-1)/q sphere, rademacher and coordinate, d/q orthonormal.
 
     Assumptions: exact directional derivative (or mu -> 0), independent queries (but for orthonormal).
+
+    Examples:
+        >>> second_moment("gaussian", d=100), second_moment("sphere", d=100), second_moment("gaussian", d=100, q=4)
+        (102.0, 100.0, 26.25)
     """
     f = fourth(law, d, q)
     return f.isotropic * d + f.along + f.diagonal
@@ -116,7 +120,12 @@ def cosine_beta(law: str, d: int, q: int = 1) -> tuple[float, float] | None:
 
 
 def cosine_squared(law: str, d: int, q: int = 1) -> float | None:
-    """E cos²(ĝ, g): q/(q+d-1) gaussian, q/d orthonormal, 1/d for every law at q = 1; None where unknown."""
+    """E cos²(ĝ, g): q/(q+d-1) gaussian, q/d orthonormal, 1/d for every law at q = 1; None where unknown.
+
+    Examples:
+        >>> cosine_squared("gaussian", d=100), cosine_squared("orthonormal", d=100, q=4), cosine_squared("rademacher", d=100, q=4)
+        (0.01, 0.04, None)
+    """
     if law == "orthonormal" and q == d:
         return 1.0
     beta = cosine_beta(law, d, q)

@@ -45,6 +45,10 @@ def subspace_cosine_beta(k: int, q: int = 1) -> tuple[float, float] | None:
 def captured_energy(k: int, d: int) -> float:
     """E‖P'g‖²/‖g‖² = k/d for a random subspace of k of d dimensions (SubZero: r²/(mn) per matrix; a random mask:
     k/d).
+
+    Examples:
+        >>> captured_energy(k=64, d=6400)
+        0.01
     """
     count("captured_energy", k=k, d=d)
     if k > d:
@@ -115,6 +119,10 @@ def srgf_second_moment(d: int, k: int, orthonormal: bool = False) -> float:
     """E‖ĝ‖²/‖g‖² for S-RGF scaled to be unbiased, P (d, k) redrawn every step, z ~ N(0, I_k).
 
     Statement: Gaussian P, u = Pz/√k: (d+2)(k+2)/k. Orthonormal P, u = sqrt(d/k) Pz: d(k+2)/k. Ours.
+
+    Examples:
+        >>> srgf_second_moment(d=98, k=8), srgf_second_moment(d=98, k=8, orthonormal=True)
+        (125.0, 122.5)
     """
     count("srgf_second_moment", d=d, k=k)
     if orthonormal and k > d:

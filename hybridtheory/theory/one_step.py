@@ -58,6 +58,13 @@ def identity_q(
     Statement:   -η_x‖g_x‖² - η_y‖g_y‖² + ½η_x² E[ĝ'H_xx ĝ] + ½η_y² g_y'H_yy g_y + η_x η_y g_x'H_xy g_y
                  + (η_x² mu²/(8q)) E[(u'H_xx u)³].
     Reference:   Identity Q, ours.
+
+    On f = ‖x‖²/2 in 8 dimensions at ‖g‖² = 1, with the step 1/(tr H + 2) = 0.1, half of the descent is lost to curvature:
+
+    Examples:
+        >>> step = identity_q(eta_x=0.1, eta_y=0.0, gx_sq=1.0, gy_sq=0.0, d=8, trace_xx=8.0, xHx=1.0)
+        >>> round(step.zo_descent, 3), round(step.zo_curvature, 3), round(step.change, 3)
+        (-0.1, 0.05, -0.05)
     """
     nonnegative("Identity Q", eta_x=eta_x, eta_y=eta_y, gx_sq=gx_sq, gy_sq=gy_sq, forward_mu=forward_mu)
     finite("Identity Q", yHy=yHy, xHy=xHy, forward_cubed=forward_cubed)
@@ -91,7 +98,14 @@ def isotropic_factor(eta: float, L: float, d: int, q: int = 1) -> float:
 
 
 def divergence_threshold(L: float, d: int, q: int = 1) -> float:
-    """2/(L (d+q+1)/q): above it E f of an isotropic quadratic grows in every step, below it shrinks. Exact, ours."""
+    """2/(L (d+q+1)/q): above it E f of an isotropic quadratic grows in every step, below it shrinks. Exact, ours.
+
+    Examples:
+        >>> divergence_threshold(L=2.0, d=98)
+        0.01
+        >>> isotropic_factor(0.01, L=2.0, d=98)
+        1.0
+    """
     positive("divergence_threshold", L=L)
     count("divergence_threshold", d=d)
     return 2 / (L * curvature_per_gradient(d, q))

@@ -48,6 +48,10 @@ def curvature_per_gradient(d: float, q: int = 1) -> float:
     Assumptions: u_k ~ N(0, I) independent, exact directional derivative.
     Statement:   E‖ĝ‖² = ((d + q + 1)/q)‖g‖², and E ĝ'Mĝ <= λ_max(M)((r + q + 1)/q)‖g‖² with r = tr(M)/λ_max(M).
     Reference:   ours (Isserlis); q = 1 gives the d + 2 of Nesterov & Spokoiny type bounds.
+
+    Examples:
+        >>> curvature_per_gradient(98), curvature_per_gradient(98, q=9)
+        (100.0, 12.0)
     """
     nonnegative("curvature_per_gradient", d=d)
     count("curvature_per_gradient", q=q)
@@ -60,6 +64,10 @@ def worst_case(L: float, d: int, q: int = 1) -> Step:
     Assumptions: f is L-smooth (H <= L I everywhere), Gaussian directions, q averaged queries.
     Statement:   the expected descent -η‖g‖² + (η²L/2)((d+q+1)/q)‖g‖² is least at this η, and below 0 up to twice it.
     Reference:   Theorem A0 with r = d (ours).
+
+    Examples:
+        >>> worst_case(L=2.0, d=98).value
+        0.005
     """
     positive("worst_case", L=L)
     count("worst_case", d=d)
@@ -83,6 +91,12 @@ def identity_q_optimum(
     Statement:   E f(w+) - f(w) = -η‖g‖² + (η²/2) E ĝ'Hĝ with E ĝ'Hĝ = ((q+1) g'Hg + tr(H)‖g‖²)/q for gaussian directions;
                  least at η = ‖g‖²/E ĝ'Hĝ, and without a minimum unless E ĝ'Hĝ > 0.
     Reference:   Identity Q (ours), exact. The interval covers tr(H) ± 2 standard errors and nothing else.
+
+    The trace rules and the dimension does not: with tr H = 46 and g'Hg/‖g‖² = 2, whatever d is,
+
+    Examples:
+        >>> identity_q_optimum(trace=46.0, gHg=2.0, g_sq=1.0).value
+        0.02
     """
     positive("identity_q_optimum", g_sq=g_sq)
     nonnegative("identity_q_optimum", trace_se=trace_se)
@@ -132,6 +146,10 @@ def first_order(L: float, momentum: float = 0.0) -> tuple[Step, Step]:
     Statement:   f(w+) <= f(w) - η(1 - ηL/2)‖g‖². With heavy-ball momentum β the limit of a quadratic is 2(1+β)/L
                  exactly, and the step with the same drift is (1-β)/L.
     Reference:   textbook (Polyak 1964 for momentum).
+
+    Examples:
+        >>> [step.value for step in first_order(L=4.0)]
+        [0.25, 0.5]
     """
     positive("first_order", L=L)
     check_momentum("first_order", momentum)
