@@ -26,7 +26,7 @@ class Made:
 
 COMMANDS = {
     "smoothness-smollm2-sst2": Made(
-        "probe-smoothness smollm2 --data sst2 --rows 16 --points 3 --secants 30 --run-steps 30 --directions 8 --trace-tol 0.3 "
+        "probe-smoothness smollm2 --data sst2 --rows 16 --points 3 --secants 30 --run-steps 36 --directions 8 --trace-tol 0.3 "
         "--max-memory 8GiB",
         small=False,
     ),
