@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -147,19 +146,21 @@ def memory_of(tool: str) -> None:
     from budgets import budgets
     from problem import problem, truth
 
+    from probes.cost_memory import Meter
     from tools import ROW, our_rows
 
     p = problem()
     told = budgets(p, 0, truth(p, 0))[0]
     torch.nn.functional.cross_entropy(p.net(p.ids), p.targets).backward()
-    p.net.zero_grad()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    p.net.zero_grad(set_to_none=False)  # the gradient stays
+    meter = Meter(torch.device("cpu"))
+    meter.reset()  # what made the problem may have taken more than what follows
     if tool == "ours":
         our_rows(p, {}, 0, most_vectors=8)
     elif tool != "gradient":
         ROW[tool](p, 0, replace(told, power=3, shifted=3), 8)
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps({"total": after / 1024, "added": (after - before) / 1024}))
+    added = meter.peak()
+    print(json.dumps({"total": (meter.level + added) / 2**20, "added": added / 2**20}))
 
 
 def measure(args: argparse.Namespace, results: Results) -> dict[str, Any]:
