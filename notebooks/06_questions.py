@@ -25,7 +25,7 @@ from paper_figs.questions import QUESTIONS, answered
 from probes import captured
 from probes.estimators import Settings, run
 from probes.markdown import number
-from probes.records import Captured, Estimator
+from probes.records import Estimator
 from probes.report import Report
 from probes.tasks import load_task
 
@@ -33,15 +33,14 @@ ROOT = Path.cwd() if (Path.cwd() / "docs").is_dir() else Path.cwd().parent
 REPORTS = ROOT / "docs" / "reports"
 
 # %%
-live = list(captured.run(load_task(rows=4), captured.Settings(refreshes=(1, 1000), steps=20, runs=1)))
+live = list(captured.run(load_task(rows=4), captured.Settings(refreshes=(1, 1000), steps=8, runs=1)))
 drawing.draw(live)
 
 # %%
-for r in live:
-    if isinstance(r, Captured):
-        print(
-            f"refresh {r.refresh}: {number(sum(r.captured) / len(r.captured) / r.expected)} times k/d over {len(r.captured)} steps"
-        )
+for refresh, runs in drawing.by_refresh(live).items():
+    print(
+        f"{drawing.name(refresh, runs)}: {number(drawing.over(runs).mean())} of what a blind subspace captures in the mean"
+    )
 
 # %%
 small = Report.of(run(load_task(rows=4), Settings(laws=("gaussian",), precision=0.1, directions=4)))

@@ -21,7 +21,7 @@ from hybridtheory.errors import UserError
 from paper_figs.records import load
 from probes.figures import style
 
-FIGURES = ("local_smoothness", "cosine_and_variance", "cosine_laws", "error_budget", "descent", "bounds")
+FIGURES = ("local_smoothness", "cosine_and_variance", "cosine_laws", "error_budget", "captured", "descent", "bounds")
 
 
 def module(name: str) -> ModuleType:

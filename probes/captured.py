@@ -3,7 +3,7 @@
     task -> header -> for each refresh interval and seed: a run with the exact gradient at the start of every step -> its Captured record
 
 A subspace that is drawn without knowing the gradient captures r²/(mn) of a matrix's energy in the mean. Steps are taken inside it alone:
-what they descend is used up there first, and that is what the later steps of a kept subspace show. The weights are as found at the end.
+whether they use up there what they descend is what the later steps of a kept subspace show. The weights are as found at the end.
 """
 
 from __future__ import annotations
