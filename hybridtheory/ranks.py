@@ -59,15 +59,11 @@ class Ranks:
         return tuple(found.tolist())
 
     def join(self, rows: Sequence[Sequence[float]], count: int) -> list[list[float]]:
-        """Rows of numbers about one's own micro-batches, put together for all ``count`` of them, in their order."""
+        """Rows of numbers about one's own micro-batches (at least one), put together for all ``count`` of them, in their order."""
         if self.size == 1:
             return [list(r) for r in rows]
-        width = torch.tensor([len(rows[0]) if rows else 0], device=self.device)
-        self._call(dist.all_reduce, width, op=dist.ReduceOp.MAX)
-        most = -(-count // self.size)
-        own = torch.zeros(most, int(width), dtype=torch.float64, device=self.device)
-        if rows:
-            own[: len(rows)] = torch.tensor([list(r) for r in rows], dtype=torch.float64)
+        own = torch.zeros(-(-count // self.size), len(rows[0]), dtype=torch.float64, device=self.device)
+        own[: len(rows)] = torch.tensor([list(r) for r in rows], dtype=torch.float64)
         every = [torch.empty_like(own) for _ in range(self.size)]
         self._call(dist.all_gather, every, own)
         self.sent += own.numel() * own.element_size()

@@ -45,10 +45,10 @@ def part(full: Tensor, like: Any) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     found = distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None)
-    return joined(found.to_local().clone(), like)  # a view would keep all of it alive
+    return of_parts(found.to_local().clone(), like)  # a view would keep all of it alive
 
 
-def joined(own: Tensor, like: Any) -> Tensor:
+def of_parts(own: Tensor, like: Any) -> Tensor:
     """The tensor that is sharded like ``like`` and whose part in this process is ``own``."""
     if not is_sharded(like):
         return own
@@ -100,10 +100,10 @@ def settle(model: nn.Module) -> None:
 
     UserError for what is not served: some of the tensors alone, several dimensions of a mesh, tensors cut other than in rows.
     """
-    for module in model.modules():
-        if hasattr(module, "set_reshard_after_forward"):
-            module.set_reshard_after_forward(True, recurse=False)  # type: ignore[operator]
-            module.reshard()  # type: ignore[operator]
+    modules: list[Any] = [m for m in model.modules() if hasattr(m, "set_reshard_after_forward")]
+    for module in modules:
+        module.set_reshard_after_forward(True, recurse=False)
+        module.reshard()
     found = list(model.parameters())
     cut: list[Any] = [p for p in found if is_sharded(p)]
     if cut and len(cut) < len(found):

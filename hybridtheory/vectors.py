@@ -34,7 +34,7 @@ def components(rows: Sequence[Tensor], v: Sequence[Tensor]) -> Tensor:
 def combined(weights: Tensor, rows: Sequence[Tensor], like: Sequence[Tensor]) -> Tensors:
     """Σₖ weightₖ vₖ of vectors that are kept as rows, in the shapes of ``like``."""
     own = [(weights.to(r) @ r).view(shards.local(t).shape) for r, t in zip(rows, like, strict=True)]
-    return [shards.joined(x, t) for x, t in zip(own, like, strict=True)]
+    return [shards.of_parts(x, t) for x, t in zip(own, like, strict=True)]
 
 
 def norm(a: Sequence[Tensor]) -> float:

@@ -147,15 +147,19 @@ def save(
 
 
 def keep(folder: Path, step: int) -> None:
-    """Remove every checkpoint but that of ``step``."""
-    for path in folder.glob("step-*"):
+    """Remove every checkpoint but that of ``step``; of several processes the first one does."""
+    for path in folder.glob("step-*") if joined().writes else ():
         if step_of(path) != step:
-            shutil.rmtree(path, ignore_errors=not joined().writes)
+            shutil.rmtree(path)
 
 
 def drop(folder: Path, step: int) -> None:
-    """Remove the checkpoint of ``step``."""
-    shutil.rmtree(folder / f"step-{step:09d}", ignore_errors=True)
+    """Remove the checkpoint of ``step``, which no process sees any more afterwards."""
+    ranks = joined()
+    ranks.meet()  # none of them is still counting
+    if ranks.writes:
+        shutil.rmtree(folder / f"step-{step:09d}", ignore_errors=True)
+    ranks.meet()
 
 
 def load(checkpoint: Path, blocks: Sequence[Block], identity: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:

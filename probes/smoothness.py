@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hybridtheory import shards
 from hybridtheory.blocks import Block
 from hybridtheory.errors import UserError
 from hybridtheory.optimizers import Hybrid
@@ -312,14 +313,17 @@ def _put(blocks: Sequence[Block], values: dict[str, Tensors]) -> None:
 def _restored(blocks: Sequence[Block]) -> Iterator[None]:
     """The blocks' weights, gradients and ``requires_grad`` flags are as found afterwards."""
     tensors = [t for b in blocks for t in b.tensors]
-    kept = [(t.data, t.grad, t.requires_grad) for t in tensors]
+    kept = [(shards.kept(t), t.grad, t.requires_grad) for t in tensors]
     for t in tensors:
-        t.data, t.grad = t.data.clone(), None
+        t.grad = None
+        if not shards.is_sharded(t):
+            t.data = t.data.clone()
     try:
         yield
     finally:
         for t, (data, grad, flag) in zip(tensors, kept, strict=True):
-            t.data, t.grad = data, grad
+            shards.put(t, data)
+            t.grad = grad
             t.requires_grad_(flag)
 
 

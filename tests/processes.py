@@ -18,7 +18,7 @@ from hybridtheory.ranks import Ranks
 def start(rank: int, size: int, work: Callable[..., Any], folder: str, arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size, timeout=timedelta(seconds=20)
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size, timeout=timedelta(seconds=120)
     )
     try:
         torch.save(work(Ranks(rank, size), *arguments), f"{folder}/{rank}.pt")

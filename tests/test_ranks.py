@@ -26,6 +26,7 @@ from hybridtheory.ranks import ALONE, Ranks, checksum
 from hybridtheory.training import closure_of, train
 from probes import rundir
 from probes.jsonl import stable
+from probes.point import GradientPass
 from probes.records import Step
 from probes.report import Report
 from tests.processes import together
@@ -44,7 +45,9 @@ def oracle_of(ranks: Ranks) -> tuple[Oracle, list[Any]]:
 
 def measured(ranks: Ranks) -> dict[str, Any]:
     oracle, (base, peft) = oracle_of(ranks)
+    before = ranks.sent
     found: dict[str, Any] = {"value": oracle.value(), "part": oracle.value([0, 3])}
+    found["sent by two values"] = ranks.sent - before
     before = ranks.sent
     found["gradient"] = [t.numpy() for g in oracle.gradient() for t in g]
     found["sent by a gradient"] = ranks.sent - before
@@ -58,6 +61,12 @@ def measured(ranks: Ranks) -> dict[str, Any]:
         before = ranks.sent
         hess(v, peft, base)
         found["sent by a product"] = ranks.sent - before
+        before = ranks.sent
+        products = spectrum(hess, peft, 0, max_steps=3, min_steps=1, basis=False).lam_max.n
+        found["sent by products with their forms"] = (ranks.sent - before) / (products or 1)
+    before = ranks.sent
+    GradientPass.take(oracle, [base, peft], ROWS)
+    found["sent by a gradient and its noise"] = ranks.sent - before
     found["numbers"] = [sum(t.numel() for t in b.tensors) for b in (base, peft)]
     return found
 
@@ -75,6 +84,10 @@ def test_numbers_are_those_of_one_process(size: int, tmp_path: Path) -> None:
         # docs/scaling.md: what is asked for, once, whatever the number of processes
         assert found["sent by a gradient"] == 8 * sum(alone["numbers"])
         assert found["sent by a product"] == 8 * alone["numbers"][0]
+        each = 8 * -(-ROWS // size)  # a number of every micro-batch, from each process
+        assert found["sent by two values"] == 2 * 8
+        assert found["sent by products with their forms"] == 8 * alone["numbers"][1] + each
+        assert found["sent by a gradient and its noise"] == 8 * sum(alone["numbers"]) + (2 + 2) * each
 
 
 def trained(ranks: Ranks, method: str) -> dict[str, Any]:
@@ -106,6 +119,7 @@ def trained(ranks: Ranks, method: str) -> dict[str, Any]:
         "losses": losses,
         "checksum": checksum(list(model.parameters())),
         "sent": ranks.sent - before,
+        "peft": peft.numel,
     }
 
 
@@ -122,6 +136,11 @@ def test_training_is_that_of_one_process_and_every_rank_holds_the_same_bits(
     if method == "mezo":
         # two scalars of 8 bytes a step, and 16 bytes of checksums: nothing that grows with the model
         assert ranks[0]["sent"] == 5 * (2 * 8 + 16)
+    else:
+        # f(w) with the adapter's gradient, f(w + mu u), and 16 bytes of checksums; the first step also asks whether the former
+        # has the bits of a plain forward pass, and where it has not every step takes one more
+        step = 2 * 8 + 8 * ranks[0]["peft"] + 16
+        assert ranks[0]["sent"] in (5 * step + 8, 5 * (step + 8))
 
 
 def diverging(ranks: Ranks) -> str:
@@ -303,6 +322,11 @@ def wait_for_step(folder: Path, step: int, run: list[subprocess.Popen[str]]) -> 
             made = (folder / rundir.RECORDS).read_bytes().count(b'"kind": "step"')
 
 
+def finish(run: list[subprocess.Popen[str]]) -> None:
+    told = [p.communicate()[1] for p in run]
+    assert [p.returncode for p in run] == [0, 0], "\n".join(told)
+
+
 def trained_by(folder: Path) -> list[str]:
     return [json.dumps([type(r).__name__, stable(r)]) for r in rundir.load(folder)]
 
@@ -326,7 +350,7 @@ def test_ctrl_c_and_a_rank_that_hangs_end_in_a_sentence_on_every_rank_and_resume
     ]
     wanted += ["--eval-rows", "4", "--checkpoint-every", "10", "--lr-base", "1e-4", "--lr-peft", "1e-2"]
     whole = started(tmp_path / "whole", *wanted)
-    assert [(p.communicate(), p.returncode)[1] for p in whole] == [0, 0]
+    finish(whole)
 
     folder = tmp_path / "cut"
     run = started(folder, *wanted)
@@ -346,5 +370,5 @@ def test_ctrl_c_and_a_rank_that_hangs_end_in_a_sentence_on_every_rank_and_resume
     assert run[1].returncode == 2 and "rank 1 waited for another rank in vain" in told, told
 
     run = started(folder, *wanted, "--resume")
-    assert [(p.communicate(), p.returncode)[1] for p in run] == [0, 0]
+    finish(run)
     assert trained_by(folder) == trained_by(tmp_path / "whole")

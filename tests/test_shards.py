@@ -17,6 +17,7 @@ from hybridtheory.blocks import Block, partition
 from hybridtheory.curvature import coupling
 from hybridtheory.difference import Differences
 from hybridtheory.errors import UserError
+from hybridtheory.estimators.catalogue import parse
 from hybridtheory.estimators.streams import Key
 from hybridtheory.estimators.zo_gradient import evaluate, inner
 from hybridtheory.extrapolation import spectrum, traces
@@ -25,6 +26,7 @@ from hybridtheory.oracle import Oracle, microbatches
 from hybridtheory.ranks import ALONE, Ranks, checksum
 from hybridtheory.training import closure_of
 from hybridtheory.vectors import dot, norm
+from probes import probe_smoothness
 from tests.processes import together
 from tests.toys import NextToken, is_lora, language_model, tokens, with_lora
 
@@ -90,10 +92,10 @@ def test_numbers_are_those_of_the_whole_model(tmp_path: Path) -> None:
             assert found[name] == pytest.approx(alone[name], rel=1e-5), name
 
 
-def trained(ranks: Ranks, method: str) -> dict[str, Any]:
+def trained(ranks: Ranks, method: str, law: str | None) -> dict[str, Any]:
     model = model_of(ranks)
     base, peft = partition(model, peft=is_lora)
-    optimizer = build(method, model, base, peft, lr_base=1e-3, lr_peft=1e-2, seed=1)
+    optimizer = build(method, model, base, peft, lr_base=1e-3, lr_peft=1e-2, seed=1, law=law and parse(law))
     closure = closure_of(model, NextToken(), microbatches(tokens(6, 8, ragged=True), 3))
     losses = [float(optimizer.step(closure)) for _ in range(4)]
     zo = evaluate(closure, optimizer.units[0].plan, optimizer.param_groups[0]["law"], Key(5))
@@ -107,10 +109,19 @@ def trained(ranks: Ranks, method: str) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("method", ["mezo", "hybrid", "subzero", "hybrid-adamw"])
-def test_training_is_that_of_the_whole_model(method: str, tmp_path: Path) -> None:
-    alone = trained(ALONE, method)
-    one, two = together(2, tmp_path / "run", trained, method)
+@pytest.mark.parametrize(
+    ("method", "law"),
+    [
+        ("mezo", "gaussian"),
+        ("hybrid", "rademacher"),
+        ("mezo", "subzero:rank=2"),
+        ("hybrid-adamw", "random-mask"),
+        ("s-mezo", None),
+    ],
+)
+def test_training_is_that_of_the_whole_model(method: str, law: str | None, tmp_path: Path) -> None:
+    alone = trained(ALONE, method, law)
+    one, two = together(2, tmp_path / "run", trained, method, law)
     assert one["losses"] == two["losses"] and one["slopes"] == two["slopes"]  # every process holds the same
     assert one["losses"] == pytest.approx(alone["losses"], rel=1e-12)
     for name in ("slopes", "dense", "inner"):
@@ -132,6 +143,7 @@ def refused(ranks: Ranks) -> list[str]:
         lambda: oracle.products().__enter__(),
         lambda: Oracle(oracle.model, NextToken(), oracle.batches, oracle.blocks, ranks=ranks),
         lambda: exact.step(closure_of(model, NextToken(), oracle.batches)),
+        lambda: build("zo-adam", model, base, peft, lr_base=1e-3),
         lambda: partition(part),
     ):
         with pytest.raises(UserError) as error:
@@ -146,7 +158,30 @@ def test_what_a_sharded_model_cannot_have_is_refused(tmp_path: Path) -> None:
         "choose --engine difference",
         "leave ranks out",
         'use difference="central"',
+        "Adam does not serve sharded models",
         "the others are not: call fully_shard on the whole model",
     ]
     for told in together(2, tmp_path / "run", refused):
         assert [w in t for w, t in zip(wanted, told, strict=True)] == [True] * len(wanted), told
+
+
+def probed(ranks: Ranks) -> dict[str, Any]:
+    model = model_of(ranks)
+    ids = tokens(6, 8)["x"]
+    batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}]
+    before = checksum([shards.local(p) for p in model.parameters()])
+    few = {"points": 2, "secants": 2, "run_steps": 2, "directions": 4, "max_steps": 12, "max_vectors": 8}
+    report = probe_smoothness(model, batches, micro_batch=2, engine="auto", **few)
+    assert checksum([shards.local(p) for p in model.parameters()]) == before
+    points = [
+        [p.loss, p.grad_norm, p.blocks["base"].lam_max.value, p.blocks["base"].trace.value] for p in report.points
+    ]
+    return {"points": points, "engine": report.header.options["engine"], "sha256": report.header.model.sha256}
+
+
+def test_the_probe_measures_a_sharded_model(tmp_path: Path) -> None:
+    alone = probed(ALONE)
+    one, two = together(2, tmp_path / "run", probed)
+    assert one == two and (one["engine"], alone["engine"]) == ("difference", "exact")
+    assert one["sha256"] == alone["sha256"]
+    np.testing.assert_allclose(one["points"], alone["points"], rtol=1e-3)

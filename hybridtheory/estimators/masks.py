@@ -13,6 +13,7 @@ from hybridtheory.errors import UserError
 from hybridtheory.estimators.gaussian import Gaussian
 from hybridtheory.estimators.law import Law
 from hybridtheory.estimators.streams import CHUNK, Key, coins, coins_chunk
+from hybridtheory.shards import whole
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class MagnitudeMask(Law):
         _check_share(keep)
         found = {}
         for name, w in block.parameters.items():
-            flat = w.detach().reshape(-1).abs()
+            flat = whole(w.detach()).reshape(-1).abs()
             found[name] = float(flat.kthvalue(max(1, round(keep * flat.numel()))).values)
         return cls(found, law or Gaussian())
 

@@ -30,6 +30,7 @@ from hybridtheory.estimators.streams import Key, generator
 from hybridtheory.estimators.zo_gradient import ZOGradient, evaluate
 from hybridtheory.optimizers.checkpoint import check, pack, unpack
 from hybridtheory.optimizers.groups import DEFAULTS, ZO_DEFAULTS, Unit, complete, units
+from hybridtheory.shards import any_sharded
 
 Closure = Callable[..., Tensor]
 
@@ -47,6 +48,7 @@ class ZeroOrder(torch.optim.Optimizer):
     """
 
     accumulates = True
+    sharded = False  # does it serve models that fully_shard has cut?
     inner_steps = 0  # of a bilevel method: minibatches of the lower level that a step takes
 
     def __init__(
@@ -64,6 +66,8 @@ class ZeroOrder(torch.optim.Optimizer):
         refuse_unknown(type(self).__name__, defaults, self.options())
         listed = [groups] if isinstance(groups, Block) else list(groups)
         full = [complete(g, {**DEFAULTS, "lr": lr, **defaults}) for g in listed]
+        if not self.sharded and any_sharded(p for g in full for p in g["params"]):
+            raise UserError(f"{type(self).__name__} does not serve sharded models: choose MeZO or a hybrid method")
         super().__init__(full, {})
         self.model, self.seed, self.master, self.keep = model, seed, master, keep
         self._cuda = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})

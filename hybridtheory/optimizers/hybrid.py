@@ -34,6 +34,8 @@ class Hybrid(ZeroOrder):
     order    "simultaneous", or "sequential": the base moves first and y's gradient is taken at the new x (one forward more).
     """
 
+    sharded = True
+
     def __init__(
         self,
         groups: Block | Sequence[Block | Mapping[str, Any]],

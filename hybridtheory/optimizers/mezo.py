@@ -10,3 +10,5 @@ class MeZO(ZeroOrder):
 
     The published code adds and subtracts μu in place, so that its weights drift; here they do not.
     """
+
+    sharded = True
