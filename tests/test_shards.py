@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -173,10 +174,10 @@ def probed(ranks: Ranks) -> dict[str, Any]:
     few = {"points": 2, "secants": 2, "run_steps": 2, "directions": 4, "max_steps": 12, "max_vectors": 8}
     report = probe_smoothness(model, batches, micro_batch=2, engine="auto", **few)
     assert checksum([shards.local(p) for p in model.parameters()]) == before
-    points = [
-        [p.loss, p.grad_norm, p.blocks["base"].lam_max.value, p.blocks["base"].trace.value] for p in report.points
-    ]
-    return {"points": points, "engine": report.header.options["engine"], "sha256": report.header.model.sha256}
+    points = [[p.loss, p.grad_norm, p.blocks["base"].lam_max.value] for p in report.points]
+    traces = [[p.blocks["base"].trace.value, p.blocks["base"].trace.stderr] for p in report.points]
+    how = {"engine": report.header.options["engine"], "sha256": report.header.model.sha256}
+    return {"points": points, "traces": traces, **how}
 
 
 def test_the_probe_measures_a_sharded_model(tmp_path: Path) -> None:
@@ -184,4 +185,8 @@ def test_the_probe_measures_a_sharded_model(tmp_path: Path) -> None:
     one, two = together(2, tmp_path / "run", probed)
     assert one == two and (one["engine"], alone["engine"]) == ("difference", "exact")
     assert one["sha256"] == alone["sha256"]
-    np.testing.assert_allclose(one["points"], alone["points"], rtol=1e-3)
+    np.testing.assert_allclose(one["points"][0], alone["points"][0], rtol=1e-3)
+    # The engines spend their trace vectors differently, and what a run reaches follows from what its first point recommends.
+    np.testing.assert_allclose(one["points"], alone["points"], rtol=2e-2)
+    for (value, stderr), (other, its) in zip(one["traces"], alone["traces"], strict=True):
+        assert abs(value - other) <= 4 * math.hypot(stderr, its)
