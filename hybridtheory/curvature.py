@@ -83,7 +83,7 @@ def coupling(
         gap = (sigma[0] ** 2 - sigma[1] ** 2) / sigma[0] if k else 0.0
         error = min(residual, residual**2 / gap) if gap > 0 else residual
         agreed = agreed + 1 if error <= tol * sigma[0] else 0
-        resolved = agreed >= 2 and k + 1 >= min_steps
+        resolved = (agreed >= 2 and k + 1 >= min_steps) or k + 1 == d  # the whole space was searched
         excess = end_excess(d, k + 1, failure)
         upper = float(sigma[0] / math.sqrt(1 - excess)) if excess < 1 else math.inf
         note = "" if resolved else f"error about {error:.2g} after {k + 1} pairs of products"

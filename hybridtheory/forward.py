@@ -10,7 +10,7 @@ spectrum, coupling, and every rule that needs a gradient.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -136,16 +136,19 @@ def slopes(
     mu: float,
     directions: int,
     index: int = 0,
-    rows: Sequence[int] | None = None,
+    rows: Callable[[int], Sequence[int] | None] = lambda number: None,
 ) -> Slopes:
-    """‖g‖² from central differences of the loss (of the micro-batches ``rows``) along Gaussian directions, two values each."""
+    """‖g‖² from central differences of the loss along Gaussian directions, two values each.
+
+    ``rows``: the micro-batches (None: all) whose loss the direction of a number is taken of.
+    """
     squares = []
     for number in range(directions):
         u = streams.gaussian(block, seed, "slopes", index, number)
         with oracle.moved(block, u, mu):
-            up = oracle.value(rows)
+            up = oracle.value(rows(number))
         with oracle.moved(block, u, -mu):
-            down = oracle.value(rows)
+            down = oracle.value(rows(number))
         squares.append(((up - down) / (2 * mu)) ** 2)
     array = np.array(squares)
     return Slopes(float(array.mean()), float(array.std(ddof=1)) / math.sqrt(directions), directions)

@@ -125,9 +125,10 @@ def train(
     ranks       processes that share every minibatch: slopes, directions and weights are the same on all, which each step checks.
     lower_rows  what the inner steps of a bilevel method draw their minibatches from (None: ``rows``), in an order of its own.
     The model stays in the mode (train or eval) that it is in. Parameters are those before the step that failed when the outcome
-    is "not finite". Raises UserError for settings of `minibatches` that cannot be.
+    is "not finite" (after a sequential hybrid step the base may have moved; the note says so). Raises UserError for settings of
+    `minibatches` that cannot be.
     """
-    model, high = optimizer.model, 0
+    model, high = optimizer.model, optimizer.run.get("high", 0)
     batches = minibatches(len(rows), batch, seed, optimizer.steps * accumulate, sampling)
     limit = optimizer.run.get("ceiling", ceiling)
     below = rows if lower_rows is None else lower_rows
@@ -168,8 +169,8 @@ def train(
             scheduler.step()
         if limit is None:
             limit = optimizer.run["ceiling"] = 2 * loss + 1
+        high = optimizer.run["high"] = high + 1 if not loss <= limit else 0  # before the sink, which may keep the state
         asked = sink.step(step, loss, optimizer.report())
-        high = high + 1 if not loss <= limit else 0
         if high >= patience or not math.isfinite(loss):
             return Outcome(
                 "diverged",

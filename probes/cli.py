@@ -24,6 +24,7 @@ from probes.command import (
     command_line,
     consoles,
     follow,
+    modules,
     names,
     one_sentence,
     opened,
@@ -170,8 +171,8 @@ def probe_smoothness(
                 engine=engine,
             )  # fmt: skip
             task = load_task(
-                model, data, peft=peft, rank=rank, alpha=alpha, targets=names(targets), virtual_tokens=virtual_tokens, loss=loss, rows=rows,
-                max_length=max_length, head=head, labels=names(labels), template=template, text_column=text_column,
+                model, data, peft=peft, rank=rank, alpha=alpha, targets=modules(targets), virtual_tokens=virtual_tokens, loss=loss,
+                rows=rows, max_length=max_length, head=head, labels=names(labels), template=template, text_column=text_column,
                 label_column=label_column, device=device, dtype=dtype, seed=seed, revision=revision, trust_remote_code=trust_remote_code,
                 allow_pickle=allow_pickle,
             )  # fmt: skip

@@ -214,19 +214,25 @@ def check_numbers(seed: int, micro_batch: int | None, alpha: float | None, mu: f
             raise UserError(f"--{name} is a positive number, not {value}")
 
 
-def names(text: str | None) -> list[str] | str | None:
-    """ "a,b" is a list of names; anything with a regex character is one pattern."""
+def names(text: str | None) -> list[str] | None:
+    """ "a,b" is a list of names."""
     if text is None:
         return None
     parts = [p.strip() for p in text.split(",") if p.strip()]
     if not parts:
         raise UserError("an empty list of names was given: leave the option out, or name at least one")
-    return text if any(c in text for c in "*+?()[]|^$\\") else parts
+    return parts
+
+
+def modules(text: str | None) -> list[str] | str | None:
+    """Names, or one pattern: anything with a regex character."""
+    return text if text is not None and any(c in text for c in "*+?()[]|^$\\") else names(text)
 
 
 def task_arguments(options: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of `load_task` among a command's ``options``, lists of names read as such."""
-    return {n: names(options[n]) if n in ("targets", "labels") else options[n] for n in TASK if n in options}
+    read = {"targets": modules, "labels": names}
+    return {n: read[n](options[n]) if n in read else options[n] for n in TASK if n in options}
 
 
 def prepare() -> None:

@@ -46,7 +46,10 @@ def measure(
         )
     made: dict[str, BlockPoint] = {}
     scales: dict[str, Any] = {"phi": {}, "finite_scale": {}}
-    picked, share = point_scale.training_batch(oracle, settings.batch_size, rows)
+
+    def batch(number: int) -> list[int] | None:
+        return point_scale.training_batch(oracle, settings.batch_size, rows, number)[0]
+
     for block in (*groups, *(b for b in blocks if b.name not in {g.name for g in groups})):
         directions = SLOPES * settings.directions
         found = forward.slopes(oracle, block, settings.seed, settings.mu, directions, index)
@@ -59,8 +62,8 @@ def measure(
         )
         if block not in groups:
             continue
-        if share < 1 and block.group == "base":
-            found = forward.slopes(oracle, block, settings.seed, settings.mu, directions, index, picked)
+        if batch(0) is not None and block.group == "base":
+            found = forward.slopes(oracle, block, settings.seed, settings.mu, directions, index, batch)
         phi, finite = point_scale.at_finite_scale(
             oracle, block, made[block.name], loss, [], settings, rows, index, found
         )

@@ -42,7 +42,7 @@ def at_finite_scale(
     few = settings.directions if zeroth else max(settings.directions // 3, 4)
     with_phi = max(few // 3, 2)
     etas = (1.0 / curved) * 2.0 ** np.arange(-4, 4) if curved > 0 else np.array([])
-    batch, share = training_batch(oracle, settings.batch_size, rows)
+    share = training_batch(oracle, settings.batch_size, rows)[1]
     plus, minus, slopes, changes = [], [], [], []
     for j in range(few):
         if not zeroth and j >= with_phi:
@@ -58,6 +58,8 @@ def at_finite_scale(
             plus.append(up)
             minus.append(down)
         if zeroth and len(etas):
+            # Another batch for each direction: the control variate's mean is that over batches too.
+            batch, _ = training_batch(oracle, settings.batch_size, rows, first=j)
             c = (change(settings.mu, batch) - change(-settings.mu, batch)) / (2 * settings.mu)
             slopes.append(c)
             changes.append([change(-eta * c) - loss for eta in etas])
@@ -73,16 +75,15 @@ def at_finite_scale(
     return phi, _zo_rule(np.asarray(etas), np.array(changes), np.array(slopes), mean, settings.seed)
 
 
-def training_batch(oracle: Oracle, batch_size: int, rows: int) -> tuple[list[int] | None, float]:
-    """Micro-batches that make up one training batch (None: all), and their share of the weight."""
+def training_batch(oracle: Oracle, batch_size: int, rows: int, first: int = 0) -> tuple[list[int] | None, float]:
+    """Micro-batches that make up one training batch (None: all), counted round from ``first``, and their share of the weight."""
     if batch_size >= rows:
         return None, 1.0
-    picked: list[int] = []
-    share = 0.0
-    while share * rows < batch_size - 1e-9 and len(picked) < len(oracle.batches):
-        share += oracle.weights[len(picked)] / oracle.total_weight
-        picked.append(len(picked))
-    return (None, 1.0) if len(picked) == len(oracle.batches) else (picked, share)
+    count, picked, share = len(oracle.batches), list[int](), 0.0
+    while share * rows < batch_size - 1e-9 and len(picked) < count:
+        picked.append((first + len(picked)) % count)
+        share += oracle.weights[picked[-1]] / oracle.total_weight
+    return (None, 1.0) if len(picked) == count else (sorted(picked), share)
 
 
 def _deltas(loss: float, trace: float, mu: float) -> list[float]:

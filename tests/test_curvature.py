@@ -296,6 +296,21 @@ def test_coupling_and_margin_against_the_dense_hessian() -> None:
         margin(hess, {"base": 1.0, "peft": 0.0}, seed=0)
 
 
+def test_coupling_with_one_weight_is_known_after_one_pair_of_products() -> None:
+    h = torch.arange(1.0, 6.0, dtype=torch.float64)
+    base, one = (
+        Block(name, name, {name: torch.nn.Parameter(torch.zeros(n, dtype=torch.float64))})
+        for name, n in (("base", 5), ("peft", 1))
+    )
+
+    def product(v: list[torch.Tensor], inp: list[Block], out: list[Block]) -> list[torch.Tensor]:
+        return [h * v[0]] if out[0] is base else [(h @ v[0]).reshape(1)]
+
+    found = coupling(product, [base], [one], seed=0)  # type: ignore[arg-type]
+    assert found.resolved and not found.note and found.n == 1
+    assert found.value == pytest.approx(float(h.norm()))
+
+
 def test_mean_estimate() -> None:
     found = mean_estimate([1.0, 2.0, 3.0])
     assert found.value == 2.0 and found.stderr == pytest.approx(1 / math.sqrt(3)) and found.resolved

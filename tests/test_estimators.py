@@ -590,6 +590,9 @@ def test_bad_input_is_answered_and_leaves_the_parameters_alone():
     assert same_bits(copies(block), before)
     with pytest.raises(UserError, match="no direction law 'gauss'"):
         parse("gauss")
+    for text in ("cyclic:stay=0", "random-mask:refresh=0", "lozo:rank=1.5", "srgf:k=2.5", "subzero:rank=-1"):
+        with pytest.raises(UserError, match="is a whole number of at least 1"):
+            parse(text)
     with pytest.raises(UserError, match="does not take"):
         parse("gaussian:rank=2")
     assert parse("subzero:rank=4,refresh=20") == SubZero(rank=4, refresh=20)

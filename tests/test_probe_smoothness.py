@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from probes import probe_smoothness
 from probes.given import given
 from probes.jsonl import encode, plain
 from probes.point import Settings
+from probes.point_scale import training_batch
 from probes.records import Cost, End, Fit, Header, Point, Rates, Recommendation, Record, Secant, TrainStep
 from probes.report import Report
 from probes.smoothness import run
@@ -202,3 +204,12 @@ def test_bad_input() -> None:
     with pytest.raises(UserError, match="nan"):
         probe_smoothness(model, [classification()], lambda m, b: m(b[0]).sum() * float("nan"))
     assert not is_lora("net.0.weight")
+
+
+def test_training_batches_go_round_so_that_every_row_serves_alike() -> None:
+    """The control variate's mean is that over batches: one fixed batch would put its own gradient in place of the mean."""
+    oracle = SimpleNamespace(batches=[None] * 5, weights=[2.0] * 5, total_weight=10.0)
+    batches = [training_batch(oracle, 4, 10, first=j) for j in range(5)]  # type: ignore[arg-type]
+    assert [share for _, share in batches] == pytest.approx([0.4] * 5)
+    assert sorted(i for picked, _ in batches for i in picked or []) == sorted([*range(5)] * 2)
+    assert training_batch(oracle, 10, 10) == (None, 1.0)  # type: ignore[arg-type]

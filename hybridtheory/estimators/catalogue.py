@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 
 from hybridtheory.errors import UserError
 from hybridtheory.estimators.coordinate import Coordinate
@@ -46,6 +47,10 @@ def parse(text: str) -> Law:
             options[key] = float(value) if "." in value or "e" in value else int(value)
         except ValueError:
             raise UserError(f"{item!r} in {text!r} is not name=number") from None
+    whole = {f.name for f in fields(LAWS[name]) if f.type == "int"}  # type: ignore[arg-type]
+    for key in whole & options.keys():
+        if not isinstance(options[key], int) or options[key] < 1:
+            raise UserError(f"{key} in {text!r} is a whole number of at least 1")
     try:
         return LAWS[name](**options)
     except TypeError:

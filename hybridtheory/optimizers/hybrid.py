@@ -92,9 +92,10 @@ class Hybrid(ZeroOrder):
         loss = self._gradient(closure)
         if not math.isfinite(loss):
             self.first.clear()
+            moved = self.order == "sequential" and self.units
+            kept = "the base has taken its zeroth-order step already" if moved else "the parameters are unchanged"
             raise NonFiniteLoss(
-                f"the loss is {loss} at w (step {self.steps}); the parameters are unchanged: lower the learning "
-                f"rates, or look at this batch"
+                f"the loss is {loss} at w (step {self.steps}); {kept}: lower the learning rates, or look at this batch"
             )
         return loss
 
