@@ -160,6 +160,17 @@ def test_divergence_and_stops_have_names():
     assert go(optimizer, log) == Outcome("stopped", 4, "the sink asked")
 
 
+def test_steps_above_the_ceiling_are_counted_across_a_resume():
+    always = {"ceiling": -1.0, "patience": 4, "steps": 12}
+    (_, whole), (_, first), (_, rest) = setup(), setup(), setup()
+    uninterrupted = go(whole, Log(), **always)
+    assert uninterrupted.status == "diverged" and uninterrupted.step == 4
+    assert go(first, Log(stop_at=1), **always).status == "stopped"
+    rest.load_state_dict(first.state_dict())
+    resumed = go(rest, Log(), **always)
+    assert (resumed.status, resumed.step) == (uninterrupted.status, uninterrupted.step)
+
+
 def test_bad_input():
     _, optimizer = setup()
     with pytest.raises(UserError, match="minibatch of 11 rows"):
