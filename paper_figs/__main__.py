@@ -21,7 +21,10 @@ from hybridtheory.errors import UserError
 from paper_figs.records import load
 from probes.figures import style
 
-FIGURES = ("local_smoothness", "cosine_and_variance", "cosine_laws", "error_budget", "captured", "descent", "bounds")
+FIGURES = (
+    "local_smoothness", "cosine_and_variance", "cosine_laws", "error_budget", "descent", "bounds", "captured", "rates", "loss_curves",
+    "bilevel", "cost_memory", "cost_time",
+)  # fmt: skip
 
 
 def module(name: str) -> ModuleType:
