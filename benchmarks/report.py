@@ -51,7 +51,8 @@ def table(section: str, found: list[dict[str, Any]], truths: dict[str, Any], mis
     if not found:
         return []
     ours = {(f["point"], f["repeat"]): f["seconds"] for f in found if f["tool"] == "ours"}
-    head = "| tool | units | CPU s a point | ours is faster by (median) | point by point | all points together | wanted | largest error of an eigenvalue |"
+    ratio = "ours is faster by (median) | point by point | all points together"
+    head = f"| tool | units | CPU s a point | {ratio} | wanted | largest error of an eigenvalue |"
     extra = " of these for the ends | trace: rms error | trace vectors a point |" if section == "row" else ""
     lines = [f"## {TITLES[section]}", "", head + extra, "|---" * (8 + 3 * (section == "row")) + "|"]
     for tool in dict.fromkeys(["ours", *sorted({f["tool"] for f in found})]):
