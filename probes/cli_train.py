@@ -23,6 +23,7 @@ from probes.command import (
     consoles,
     first,
     follow,
+    meet,
     one_sentence,
     option,
     prepare,
@@ -153,6 +154,7 @@ def hybrid_train(
         if resume and not begun and not (auto and probed.exists()):
             raise UserError(f"--resume: {folder} holds no run: leave --resume out to start one")
         run = stack.enter_context(rundir.RunFolder(folder, resume and begun, first()))
+        meet()
         if rundir.finished(run.done):
             console.print(Text(f"{folder} is finished already"))
             return console.print(train_text.summary(run.done, folder, scored=True))
@@ -227,7 +229,9 @@ def probe(
     from probes.tasks import load_task
 
     with rundir.RunFolder(folder, (folder / rundir.RECORDS).exists(), first()) as run:
-        if rundir.finished(run.done) and (folder / "trainer.toml").exists():
+        there = rundir.finished(run.done) and (folder / "trainer.toml").exists()
+        meet()
+        if there:
             return folder
         console.print(Text(f"measuring learning rates first: {folder}"))
         prepare()
@@ -236,6 +240,7 @@ def probe(
             stream = smoothness.run(task, Settings(**plan), run.done, bar.phase, provenance(), restore=False)
             records = follow(stream, run, console, bar, False)
         finish(console, run, records)
+    meet()  # the first one has written the rates that all of them read now
     return folder
 
 

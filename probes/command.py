@@ -102,6 +102,14 @@ def first(timeout: float = TIMEOUT) -> bool:
     return ranks.join(timeout).writes
 
 
+def meet() -> None:
+    """Processes that share a run go on together: what its folder holds is read by all before the first of them writes there."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from hybridtheory import ranks
+
+        ranks.joined().meet()
+
+
 def follow(
     stream: Iterator[Record],
     run: rundir.RunFolder | None,
@@ -172,6 +180,7 @@ def choose_folder(
 def opened(console: Console, stack: ExitStack, folder: Path, resume: bool) -> rundir.RunFolder:
     """The run folder, closed with ``stack``; says what a user must know of what it already holds."""
     run = stack.enter_context(rundir.RunFolder(folder, resume, first()))
+    meet()
     if rundir.finished(run.done):
         console.print(Text(f"{folder} is finished already; its report is made again from its records."))
     elif run.dropped:

@@ -165,6 +165,7 @@ class Run:
         score = {"loss": found.loss, "accuracy": -(found.accuracy or 0.0), "f1": -(found.f1 or 0.0)}[
             self.settings.objective
         ]
+        (score,) = self.ranks.first(score)  # another machine may round differently
         if score < self.optimizer.run.get("best", math.inf):
             self.optimizer.run.update({"best": score, "best_step": step})
             assert self.folder is not None
@@ -206,6 +207,7 @@ class Run:
     def restore(self) -> bool:
         """Go back to the last checkpoint, if there is one."""
         found = None if self.folder is None else checkpoints.latest(self.folder / "checkpoints")
+        self.ranks.meet()  # or a process that comes late finds what the first one has written meanwhile
         if found is None:
             return False
         self.saved, state = checkpoints.load(found, self.blocks, self.identity)
@@ -270,7 +272,7 @@ def run(
         if best is not None:
             reason = f"the weights of step {best}, the best on {len(job.dev or ())} dev rows, are kept"
         last = job.evaluate(step if best is None else best, final, final_split, True)
-        if math.isfinite(last.loss):
+        if math.isfinite(*job.ranks.first(last.loss)):
             job.trust()
             exports = finish(task, any(b.group == "base" for b in job.blocks))
         else:

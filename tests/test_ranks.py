@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,7 +28,7 @@ from hybridtheory.training import closure_of, train
 from probes import rundir
 from probes.jsonl import stable
 from probes.point import GradientPass
-from probes.records import Step
+from probes.records import Epoch, Step
 from probes.report import Report
 from tests.processes import together
 from tests.toys import NextToken, is_lora, language_model, tokens, with_lora
@@ -290,6 +291,48 @@ def test_processes_end_a_run_at_the_same_step(tmp_path: Path, gpt2: Path, films:
     first, second = together(2, tmp_path / "seconds", budgeted, str(gpt2), str(films), 1e6, None)
     assert first == second and first[0] > 1 and first[1] == "budget"
     assert together(2, tmp_path / "asked", budgeted, str(gpt2), str(films), 1.0, 3) == [[3, "interrupted"]] * 2
+
+
+def late(ranks: Ranks, model: str, data: str, folder: str, method: str) -> tuple[str, int]:
+    """A run whose second process looks at its folder long after the first one."""
+    from probes import checkpoints
+    from probes import train as training
+    from probes.tasks import load_task
+    from probes.train_settings import TrainSettings
+
+    shared._joined = ranks
+    looks = checkpoints.latest
+    checkpoints.latest = lambda path: (time.sleep(2.0 * ranks.rank), looks(path))[1]
+    task = load_task(model, data, rows=6, rank=2)
+    settings = TrainSettings(method=method, lr_base=1e-4, lr_peft=1e-2, steps=3, batch=4, eval_rows=2, final_rows=2)
+    outcome = training.run(task, settings, lambda record: None, Path(folder))
+    return outcome.status, outcome.step
+
+
+def test_a_late_process_does_not_go_on_from_what_the_first_one_just_wrote(
+    tmp_path: Path, gpt2: Path, films: Path
+) -> None:
+    found = together(2, tmp_path / "met", late, str(gpt2), str(films), str(tmp_path / "run"), "hybrid")
+    assert found == [("finished", 3)] * 2
+
+
+def named(ranks: Ranks, root: str) -> str:
+    from rich.console import Console
+
+    from probes.command import choose_folder, opened
+
+    shared._joined = ranks
+    os.environ["WORLD_SIZE"] = str(ranks.size)
+    os.chdir(root)
+    time.sleep(0.5 * ranks.rank)
+    with ExitStack() as stack:
+        run = opened(Console(quiet=True), stack, choose_folder("smoothness", None, None, None, False), False)
+        run.append(Epoch(0, []))  # the first thing measured makes the folder
+        return str(run.path)
+
+
+def test_a_late_process_chooses_the_folder_of_the_first(tmp_path: Path) -> None:
+    assert set(together(2, tmp_path / "met", named, str(tmp_path))) == {"runs/smoothness-embedded-sentiment"}
 
 
 def started(folder: Path, *arguments: str, timeout: int = 30) -> list[subprocess.Popen[str]]:
