@@ -183,7 +183,7 @@ def hybrid_train(
         from probes.export import export
         from probes.provenance import provenance
 
-        board = stack.enter_context(closing(_board(folder, run.done))) if tensorboard else None
+        board = stack.enter_context(closing(_board(folder, run.done))) if tensorboard and first() else None
         shown: list[Record] = list(run.done)
         before = {r.step for r in run.done if isinstance(r, Step)}
 

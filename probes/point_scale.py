@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -42,8 +43,7 @@ def at_finite_scale(
     few = settings.directions if zeroth else max(settings.directions // 3, 4)
     with_phi = max(few // 3, 2)
     etas = (1.0 / curved) * 2.0 ** np.arange(-4, 4) if curved > 0 else np.array([])
-    share = training_batch(oracle, settings.batch_size, rows)[1]
-    plus, minus, slopes, changes = [], [], [], []
+    plus, minus, slopes, changes, shares = [], [], [], [], []
     for j in range(few):
         if not zeroth and j >= with_phi:
             break
@@ -59,7 +59,8 @@ def at_finite_scale(
             minus.append(down)
         if zeroth and len(etas):
             # Another batch for each direction: the control variate's mean is that over batches too.
-            batch, _ = training_batch(oracle, settings.batch_size, rows, first=j)
+            batch, share = training_batch(oracle, settings.batch_size, rows, first=j)
+            shares.append(share)
             c = (change(settings.mu, batch) - change(-settings.mu, batch)) / (2 * settings.mu)
             slopes.append(c)
             changes.append([change(-eta * c) - loss for eta in etas])
@@ -69,9 +70,7 @@ def at_finite_scale(
     if not len(etas):
         return phi, None
     noise = point.noise.value if point.noise is not None and math.isfinite(point.noise.value) else 0.0
-    # Rows drawn without replacement from the measured ones: the variance of their mean shrinks to zero as they become all of them.
-    variance = noise / (share * rows) * (1 - share) if share < 1 else 0.0
-    mean = slopes_sq or Slopes(point.grad_norm**2 + variance, 0.0, 0)
+    mean = slopes_sq or Slopes(point.grad_norm**2 + batch_variance(noise, rows, shares), 0.0, 0)
     return phi, _zo_rule(np.asarray(etas), np.array(changes), np.array(slopes), mean, settings.seed)
 
 
@@ -84,6 +83,14 @@ def training_batch(oracle: Oracle, batch_size: int, rows: int, first: int = 0) -
         picked.append((first + len(picked)) % count)
         share += oracle.weights[picked[-1]] / oracle.total_weight
     return (None, 1.0) if len(picked) == count else (sorted(picked), share)
+
+
+def batch_variance(noise: float, rows: int, shares: Sequence[float]) -> float:
+    """E‖g_batch − g‖², in the mean over batches with these ``shares`` of the measured ``rows``; noise: σ² of one row's gradient.
+
+    Rows are drawn without replacement: the variance of their mean, σ²/m (1 − m/n), shrinks to zero as they become all of them.
+    """
+    return noise / rows * float(np.mean([(1 - share) / share for share in shares]))
 
 
 def _deltas(loss: float, trace: float, mu: float) -> list[float]:

@@ -6,6 +6,7 @@ from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from probes import probe_smoothness
 from probes.given import given
 from probes.jsonl import encode, plain
 from probes.point import Settings
-from probes.point_scale import training_batch
+from probes.point_scale import batch_variance, training_batch
 from probes.records import Cost, End, Fit, Header, Point, Rates, Recommendation, Record, Secant, TrainStep
 from probes.report import Report
 from probes.smoothness import run
@@ -213,3 +214,20 @@ def test_training_batches_go_round_so_that_every_row_serves_alike() -> None:
     assert [share for _, share in batches] == pytest.approx([0.4] * 5)
     assert sorted(i for picked, _ in batches for i in picked or []) == sorted([*range(5)] * 2)
     assert training_batch(oracle, 10, 10) == (None, 1.0)  # type: ignore[arg-type]
+
+
+def test_the_control_variates_mean_where_micro_batches_are_unlike() -> None:
+    """18 rows in 5, 5, 5 and 3: batches of 8 rows hold 8 to 10, and the mean of their squared gradients is told for each."""
+    sizes = [5, 5, 5, 3]
+    oracle = SimpleNamespace(batches=sizes, weights=sizes, total_weight=18)
+    found = [training_batch(oracle, 8, 18, first=j) for j in range(4)]  # type: ignore[arg-type]
+    assert sorted(round(18 * share) for _, share in found) == [8, 8, 10, 10]
+    rng, missed = np.random.default_rng(0), []
+    for _ in range(4000):  # rows with gradients of their own, the variance of one measured on them
+        g = rng.standard_normal((18, 6))
+        parts = np.split(g, np.cumsum(sizes)[:-1])
+        squares = [np.square(np.concatenate([parts[i] for i in picked or []]).mean(axis=0)).sum() for picked, _ in found]
+        told = batch_variance(g.var(axis=0, ddof=1).sum(), 18, [share for _, share in found])
+        missed.append(np.mean(squares) - np.square(g.mean(axis=0)).sum() - told)
+    assert abs(np.mean(missed)) < 4 * np.std(missed) / np.sqrt(len(missed))
+    assert np.std(missed) / np.sqrt(len(missed)) < 0.02 * told, "the test would see what one batch's share is off by, a fifth"

@@ -250,7 +250,8 @@ def test_training_under_torchrun_is_training(tmp_path: Path, gpt2: Path, films: 
         "4",
     ]
     wanted += ["--lr-peft", "1e-2"] if method == "hybrid" else []
-    launched(2, tmp_path / "two", "hybrid-train", str(gpt2), "--task", str(films), *wanted)
+    launched(2, tmp_path / "two", "hybrid-train", str(gpt2), "--task", str(films), "--tensorboard", *wanted)
+    assert len(list((tmp_path / "two/tensorboard").iterdir())) == 1, "one process writes"
     launched(1, tmp_path / "one", "hybrid-train", str(gpt2), "--task", str(films), *wanted)
     losses = [[r.loss for r in rundir.load(tmp_path / name) if isinstance(r, Step)] for name in ("one", "two")]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5) and len(losses[0]) == 6
