@@ -226,8 +226,12 @@ def test_the_control_variates_mean_where_micro_batches_are_unlike() -> None:
     for _ in range(4000):  # rows with gradients of their own, the variance of one measured on them
         g = rng.standard_normal((18, 6))
         parts = np.split(g, np.cumsum(sizes)[:-1])
-        squares = [np.square(np.concatenate([parts[i] for i in picked or []]).mean(axis=0)).sum() for picked, _ in found]
+        squares = [
+            np.square(np.concatenate([parts[i] for i in picked or []]).mean(axis=0)).sum() for picked, _ in found
+        ]
         told = batch_variance(g.var(axis=0, ddof=1).sum(), 18, [share for _, share in found])
         missed.append(np.mean(squares) - np.square(g.mean(axis=0)).sum() - told)
     assert abs(np.mean(missed)) < 4 * np.std(missed) / np.sqrt(len(missed))
-    assert np.std(missed) / np.sqrt(len(missed)) < 0.02 * told, "the test would see what one batch's share is off by, a fifth"
+    assert np.std(missed) / np.sqrt(len(missed)) < 0.02 * told, (
+        "the test would see what one batch's share is off by, a fifth"
+    )
