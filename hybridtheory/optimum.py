@@ -32,6 +32,7 @@ REACH = 3.2  # rates within this factor of the best one are fitted: a grid of fa
 # And that lose at most this share of the best decrease: further up, the wall before divergence is no parabola.
 SHARE = 0.25
 LOST = 4.0  # in units of the best decrease; a rate that loses one seed in five is then not worth twice the decrease
+REFINED = 1.6  # a fitted rate further from the best one than this must not have lost a run: what that counts as would place the minimum
 SHAPE = 0.1  # added to both ends, in log: the minimum of a parabola through an asymmetric curve is off by up to 9 % (docs/sweeps.md)
 
 
@@ -87,6 +88,12 @@ def optimum(
         return none(f"the best rate is the {'lowest' if k == 0 else 'highest'} of the grid")
     used = _window(z, mean, k, start)
     x = z[used] - z[k]
+    held = (np.asarray(losses, float) == y).all(axis=0)  # nothing was put in place of a loss
+    lost = [i for i in used if abs(z[i] - z[k]) > math.log(REFINED) and not held[i]]
+    if lost:
+        return none(
+            f"at {float(rates[lost[0]]):.3g}, beside the best rate, a run was lost: rates within a factor {REFINED:g} are needed"
+        )
     coefficients = np.polynomial.polynomial.polyfit(x, y[:, used].T, 2)  # (3, S)
     a, b, c = (float(v) for v in coefficients.mean(axis=1))
     shown: dict[str, Any] = {"fit": (a, b, c), "used": tuple(float(rates[i]) for i in used)}

@@ -53,6 +53,22 @@ def test_a_run_that_diverges_counts_as_having_lost_four_times_what_the_best_rate
     assert y == pytest.approx(np.array([[1.0, 1.5, 5.6], [1.2, 5.6, 5.6]]))
 
 
+def test_the_price_of_a_lost_run_does_not_place_the_optimum(monkeypatch):
+    """Between 0.01 and 0.03, where a run was lost, the parabola would be whatever `LOST` makes it."""
+    rates = [0.01 / 3, 0.01, 0.03]
+    losses = parabola(rates, 0.008, curvature=0.2)
+    losses[1, 2] = math.inf
+    found = O.optimum(rates, losses, start=2.0)
+    assert not found.identified and found.rate == 0.01 and "at 0.03, beside the best rate, a run was lost" in found.note
+    # Close to the best rate it does little: that is what a refined grid gives, and what its coverage was measured with.
+    near = [0.01 / 1.5, 0.01, 0.015]
+    fitted = []
+    for price in (2.0, 8.0):
+        monkeypatch.setattr(O, "LOST", price)
+        fitted.append(O.optimum(near, np.where(np.isinf(losses), np.inf, parabola(near, 0.008)), start=2.0))
+    assert all(f.rate < 0.01 for f in fitted) and fitted[0].rate == pytest.approx(fitted[1].rate, rel=0.15)
+
+
 def test_losses_of_another_shape_are_refused():
     with pytest.raises(UserError, match=r"shape \(seeds, rates\)"):
         O.optimum(RATES, np.zeros((3, 4)), 1.0)
