@@ -10,6 +10,7 @@ import json
 import os
 import random
 import signal
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 from probes import checkpoints, cli, cli_convergence, cli_train, convergence_figures, figures, rundir
 from probes.jsonl import stable
@@ -105,6 +107,8 @@ def forked(
             with open(os.devnull, "w") as nowhere:
                 os.dup2(nowhere.fileno(), 1)
                 os.dup2(nowhere.fileno(), 2)
+            # The default lock is one semaphore for this process and all its forks: a child that is killed inside would keep it for ever.
+            tqdm.set_lock(threading.RLock())
             # Drawn from the records after everything is measured, and most of a small run's time.
             figures.save = convergence_figures.save = lambda *a: []
             prepare()
