@@ -34,9 +34,9 @@ from tests.toys import NextToken, is_lora, language_model, tokens, with_lora
 pytestmark = pytest.mark.slow
 
 
-def model_of(ranks: Ranks) -> nn.Module:
+def model_of(ranks: Ranks, dtype: torch.dtype = torch.float64) -> nn.Module:
     """A GPT-2 with LoRA of rank 1, whole or sharded: of its A the second process has no row at all."""
-    model = with_lora(language_model("gpt2", torch.float64, 2, 6), 1)
+    model = with_lora(language_model("gpt2", dtype, 2, 6), 1).to(dtype)
     if ranks.size > 1:
         mesh = init_device_mesh("cpu", (ranks.size,))
         for layer in model.get_base_model().transformer.h:
@@ -138,6 +138,8 @@ def refused(ranks: Ranks) -> list[str]:
     base, peft = partition(model, peft=is_lora)
     exact = build("mezo", model, base, peft, lr_base=1e-3, difference="exact")
     part = with_lora(language_model("gpt2", torch.float64, 2, 6))
+    narrow = model_of(ranks, torch.bfloat16)
+    rounded = Oracle(narrow, NextToken(), oracle.batches, partition(narrow, peft=is_lora), engine="difference")
     fully_shard(part.get_base_model().transformer.h[0], mesh=init_device_mesh("cpu", (ranks.size,)))
     for attempt in (
         lambda: oracle.gradient(),
@@ -146,6 +148,7 @@ def refused(ranks: Ranks) -> list[str]:
         lambda: exact.step(closure_of(model, NextToken(), oracle.batches)),
         lambda: build("zo-adam", model, base, peft, lr_base=1e-3),
         lambda: partition(part),
+        lambda: rounded.products().__enter__(),
     ):
         with pytest.raises(UserError) as error:
             attempt()
@@ -161,6 +164,7 @@ def test_what_a_sharded_model_cannot_have_is_refused(tmp_path: Path) -> None:
         'use difference="central"',
         "Adam does not serve sharded models",
         "the others are not: call fully_shard on the whole model",
+        "call fully_shard on a float32 model",
     ]
     for told in together(2, tmp_path / "run", refused):
         assert [w in t for w, t in zip(wanted, told, strict=True)] == [True] * len(wanted), told
