@@ -79,6 +79,12 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(
+            f"error: no figure can be written to {wanted.out} ({error.strerror or error}): give another --out",
+            file=sys.stderr,
+        )
+        return 2
     return 0
 
 

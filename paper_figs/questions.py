@@ -87,17 +87,13 @@ def answered(question: Question, reports: Path = REPORTS) -> str:
     """The answer with its interval, or that it is not measured yet, with what would measure it."""
     if question.answer is None:
         return f"Not measured yet: {question.missing}"
-    gone = [n for n in question.records if not there(reports / n)]
-    if gone:
-        return f"Not measured yet: {', '.join(f'`{command(n)}`' for n in gone)}."
     try:
+        gone = [n for n in question.records if not rundir.whole(reports / n)]
+        if gone:
+            return f"Not measured yet: {', '.join(f'`{command(n)}`' for n in gone)}."
         return question.answer(reports)
     except UserError as error:
         return f"Cannot be decided from these records: {error}."
-
-
-def there(folder: Path) -> bool:
-    return (folder / rundir.RECORDS).is_file() and rundir.finished(rundir.load(folder))
 
 
 def page(reports: Path = REPORTS) -> str:
@@ -123,6 +119,12 @@ def main() -> int:
         PAGE.write_text(page(), encoding="utf-8")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(
+            f"error: {PAGE} cannot be written ({error.strerror or error}): run it in the repository's root",
+            file=sys.stderr,
+        )
         return 2
     print(PAGE)
     return 0

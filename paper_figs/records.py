@@ -70,7 +70,6 @@ def load(name: str, reports: Path, wanted_by: str) -> list[Record]:
     how = f"python studies/records.py {name}, which runs: {command(name)}"
     if not (reports / name / rundir.RECORDS).is_file():
         raise UserError(f"{wanted_by} needs the record {reports / name}, which is not there: make it with {how}")
-    found = rundir.load(reports / name)
-    if not rundir.finished(found):
+    if not rundir.whole(reports / name):
         raise UserError(f"{wanted_by} needs the record {reports / name}, which is not finished: go on with {how}")
-    return found
+    return rundir.load(reports / name)

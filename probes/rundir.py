@@ -84,16 +84,28 @@ def load(folder: Path | str) -> list[Record]:
     path = Path(folder) / RECORDS if Path(folder).is_dir() else Path(folder)
     if not path.exists():
         raise UserError(f"{folder} holds no run: there is no {RECORDS} in it")
-    records, _ = read_lines(path.read_bytes().decode("utf-8", errors="replace"), str(path))
+    records = _read(path)
     if not records:
         raise UserError(f"{path} holds no complete record")
     return records
+
+
+def _read(path: Path) -> list[Record]:
+    return read_lines(path.read_bytes().decode("utf-8", errors="replace"), str(path))[0]
 
 
 def finished(records: Iterable[Record]) -> bool:
     """Whether the run's last End says so."""
     ends = [r for r in records if isinstance(r, End)]
     return bool(ends) and ends[-1].reason == "finished"
+
+
+def whole(folder: Path | str) -> bool:
+    """Whether a folder holds a finished run: False where there is none, and where no line of it is complete yet. UserError: a complete
+    line that cannot be read.
+    """
+    path = Path(folder) / RECORDS
+    return path.is_file() and finished(_read(path))
 
 
 def _said(record: Record) -> str:

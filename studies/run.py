@@ -46,10 +46,6 @@ def probe(source: Source, line: Line, folder: Path) -> list[str]:
     return ["probe-smoothness", *model, *data, *options, *MEASUREMENT, *large, "--out", str(folder)]
 
 
-def done(folder: Path) -> bool:
-    return (folder / rundir.RECORDS).exists() and rundir.finished(rundir.load(folder))
-
-
 def call(command: list[str]) -> int:
     print("$", " ".join(command), flush=True)
     return subprocess.run([str(Path(sys.executable).with_name(command[0])), *command[1:]], check=False).returncode
@@ -69,7 +65,7 @@ def main() -> int:
     for (task, amount), line in horizons.items():
         folder = out / "probes" / f"{task}-{amount:g}"
         folders[task, amount] = folder
-        if not done(folder):
+        if not rundir.whole(folder):
             resume = ["--resume"] if (folder / rundir.RECORDS).exists() else []
             if code := call([*probe(sources[task], line, folder), *resume]):
                 return code

@@ -186,6 +186,19 @@ def test_resume_drops_a_line_that_was_cut_short(tmp_path, lost):
     assert rundir.load(folder) == [header(), secant(0), secant(2)]
 
 
+def test_a_run_is_whole_once_its_end_says_so(tmp_path):
+    assert not rundir.whole(tmp_path)
+    path = tmp_path / rundir.RECORDS
+    for text, whole in (("", False), ('{"kind": "hea', False), (f"{jsonl.encode(header())}\n", False)):
+        path.write_text(text)
+        assert rundir.whole(tmp_path) is whole
+    path.write_text(f"{jsonl.encode(header())}\n{jsonl.encode(R.End('finished'))}\n")
+    assert rundir.whole(tmp_path)
+    path.write_text("{}\n")
+    with pytest.raises(UserError, match="line 1"):
+        rundir.whole(tmp_path)
+
+
 def test_a_resumed_file_is_that_of_an_uninterrupted_run(tmp_path):
     wanted = [header(), R.Preflight("ok", []), R.Warning("w"), secant(0), secant(1), R.End("finished")]
     folder = tmp_path / "run"
