@@ -46,7 +46,8 @@ _MEANS: set[What] = {"base", "both"}
 class StepChange:
     """One step of `what` ("base", "peft", "both") at `factor` of the rates: the mean change of the loss and two predictions.
 
-    broken: the parts of measured - quadratic, each as a hypothesis, and the largest in words.
+    broken: the parts of measured - quadratic, each as a hypothesis, and the largest in words. coupling: of "both", what moving both adds to
+    base alone and PEFT alone. It is measured on base's own directions, so base's error is not in it.
     """
 
     what: What
@@ -56,6 +57,7 @@ class StepChange:
     fitted: Mean
     hypotheses: tuple[Hypothesis, ...] = ()
     broken: str = ""
+    coupling: Mean | None = None
 
 
 @dataclass(frozen=True)
@@ -252,6 +254,7 @@ class _Probe:
         peft, peft_fit = ([m.value for m in table] for table in (along, along_fit))
         measured: dict[What, list[Mean]] = {}
         fitted: dict[What, list[Mean]] = {}
+        joint: list[Mean] = []
         start_y = -self.eta_y * local.gy_sq
         if self.peft is not None:
             measured["peft"] = along
@@ -277,12 +280,16 @@ class _Probe:
         order: tuple[What, ...] = ("base", "peft", "both")
         for what in [w for w in order if w in measured]:
             for i, s in enumerate(factors):
-                interplay = measured["both"][i].value - measured["base"][i].value - peft[i] if what == "both" else 0.0
+                interplay = None
+                if what == "both":
+                    # Every sample of the joint part holds PEFT's change, and so its error.
+                    value = measured["both"][i].value - measured["base"][i].value - peft[i]
+                    interplay = Mean(value, math.hypot(joint[i].stderr, along[i].stderr), joint[i].n)
                 found.append(self._compared(local, what, s, measured[what][i], fitted[what][i], interplay))
         return found
 
     def _compared(
-        self, local: Local, what: What, s: float, measured: Mean, fitted: Mean, interplay: float
+        self, local: Local, what: What, s: float, measured: Mean, fitted: Mean, interplay: Mean | None
     ) -> StepChange:
         eta_x = s * self.eta_x if what != "peft" else 0.0
         eta_y = s * self.eta_y if what != "base" else 0.0
@@ -293,10 +300,10 @@ class _Probe:
         kinks = 0.5 * eta_y**2 * local.kink_peft
         if local.kink.stderr is not None and abs(local.kink.value) > 3 * local.kink.stderr:
             kinks += bend * local.kink.value
-        coupling = interplay - step.coupling if what == "both" else 0.0
+        coupling = interplay.value - step.coupling if interplay is not None else 0.0
         tolerance = 0.1
         tested, words = miss(measured, step.change, kinks, coupling, tolerance)
-        return StepChange(what, s, measured, Mean(step.change, error, local.trace.n), fitted, tested, words)
+        return StepChange(what, s, measured, Mean(step.change, error, local.trace.n), fitted, tested, words, interplay)
 
     def _stages(
         self, purpose: str, factors: list[float], peft: list[float], precision: float, most: int

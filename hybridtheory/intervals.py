@@ -11,6 +11,8 @@ normal intervals alike). What is done instead, and its coverage, is measured in 
 3. the estimate is left unconstrained here, and ``bounded_interval`` brings the sign constraint in, so that intervals at the boundary
    L0 = 0 or L1 = 0 neither vanish nor miss.
 
+`block_means` is the same bootstrap for means over some of the points.
+
 All fits of one call share two facts: a quantile line passes through two of the points (it is a vertex of a linear program), and a
 resample only changes the points' weights. So the loss of every candidate line at every point is one array, every resample one matrix
 product with the weights, and the fit of each an exact argmin.
@@ -76,6 +78,29 @@ def block_weights(n: int, resamples: int, rng: np.random.Generator) -> NDArray[n
 def block_length(n: int) -> int:
     """2 n^(1/3), rounded: 6 at n = 30, 8 at n = 60. The rate is the best one for a variance (Künsch 1989); the factor covered best."""
     return round(2 * n ** (1 / 3))
+
+
+def block_means(
+    values: Array, chosen: NDArray[np.bool_], confidence: float = 0.95, seed: int = 0, resamples: int = 1000
+) -> tuple[Array, Array]:
+    """Means of ``values`` (k, n) over the ``chosen`` (n,) of n points of one run, and the half-widths of their intervals: (k,) each.
+
+    Standard errors from blocks of consecutive points, chosen or not; t with one degree of freedom less than there are blocks. Covers 0.94
+    to 0.98 for means over the falls of a simulated walk, of noise, and of both (40 points, 300 runs each), 0.90 where neighbouring changes
+    correlate by 0.6; plain percentiles cover 0.88 to 0.92 and 0.77. Half-widths are nan where fewer than 3 points are chosen, or where n
+    makes fewer than 3 blocks.
+    """
+    n = len(chosen)
+    if not chosen.any():
+        return np.full(len(values), math.nan), np.full(len(values), math.nan)
+    means = values[:, chosen].mean(axis=1)
+    freedom = n / block_length(n) - 1
+    if chosen.sum() < 3 or freedom < 2:
+        return means, np.full(len(values), math.nan)
+    weights = block_weights(n, resamples, np.random.default_rng([seed, n])) * chosen
+    weights = weights[weights.sum(axis=1) > 0]
+    errors = ((weights @ values.T) / weights.sum(axis=1)[:, None]).std(axis=0)
+    return means, stats.t.ppf((1 + confidence) / 2, freedom) * errors
 
 
 def _fit(u: Array, L: Array, weights: NDArray[np.float32], tau: float, near: Array, keep: int) -> tuple[Array, Array]:

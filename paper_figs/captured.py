@@ -10,6 +10,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from paper_figs.records import first
 from probes.figures import GREY
 from probes.markdown import number
 from probes.records import Captured, Header, Record
@@ -54,20 +55,45 @@ def draw(records: list[Record]) -> Figure | None:
     return figure
 
 
+def spread(values: NDArray[np.float64]) -> str:
+    """The mean over runs, and the least and the most of them in words that are no interval's."""
+    if len(values) == 1:
+        return f"{number(values[0])} (one seed)"
+    return f"{number(values.mean())} (from {number(values.min())} to {number(values.max())} over {len(values)} seeds)"
+
+
+def left_out(records: list[Record]) -> str:
+    """A sentence about the runs that were not finite; nothing where there is none."""
+    lost = [r for r in records if isinstance(r, Captured) and r.status != "finished"]
+    told = ", ".join(
+        f"seed {r.seed} with a subspace kept for {r.refresh} steps (at step {len(r.captured)})" for r in lost
+    )
+    return f" Left out, since the loss was not finite: {told}." if lost else ""
+
+
 def caption(records: list[Record]) -> str:
-    head = next(r for r in records if isinstance(r, Header))
+    head = first((r for r in records if isinstance(r, Header)), "header")
+    found = by_refresh(records)
     told = []
-    for refresh, runs in by_refresh(records).items():
+    for refresh, runs in found.items():
         share = over(runs)
         half = share.shape[1] // 2
         told.append(
             f"{name(refresh, runs)}: {number(share[:, :half].mean())} in the first half of the run, "
             f"{number(share[:, half:].mean())} in the second"
         )
-    first = next(iter(by_refresh(records).values()))[0]
+    every = [r for runs in found.values() for r in runs]
+    means = np.array([np.array(r.expected) / r.share for r in every])
+    seeds = sorted({len(runs) for runs in found.values()})
     return (
-        f"Energy of the exact gradient inside the subspaces of {first.law} on {head.model.name}, over the mean for subspaces that do not "
-        f"know the gradient; mean and range over {len(by_refresh(records)[first.refresh])} seeds. {'; '.join(told)}. That mean is "
-        f"Σ (r²/mn)‖G‖²/‖g‖² and goes from {number(first.expected[0] / first.share)} to {number(first.expected[-1] / first.share)} times "
-        f"k/d along the run, as the energy moves between matrices of unlike size."
+        f"Energy of the exact gradient inside the subspaces of {every[0].law} on {head.model.name}, over the mean for subspaces that do "
+        f"not know the gradient; mean and range over {' or '.join(map(str, seeds))} seeds. Means of all seeds: {'; '.join(told)}. That "
+        f"mean is Σ (r²/mn)‖G‖²/‖g‖², {number(means.min())} to {number(means.max())} times k/d over all steps of all {len(every)} runs "
+        f"({_ends(means[:, 0])} at the first step, {_ends(means[:, -1])} at the last), as the energy moves between matrices of unlike size."
+        f"{left_out(records)}"
     )
+
+
+def _ends(values: NDArray[np.float64]) -> str:
+    low, high = number(values.min()), number(values.max())
+    return low if low == high else f"{low} to {high}"

@@ -100,9 +100,9 @@ def page(reports: Path = REPORTS) -> str:
     """docs/questions.md."""
     out = [
         "# Questions and answers", "",
-        "Written by `python -m paper_figs.questions` from the committed records and from nothing else; intervals are 95 %. A number is of "
-        "the model that its record names: the embedded model has 1.6 M parameters, and what holds there need not hold elsewhere. `python "
-        "studies/records.py NAME` makes a record again.", "",
+        "Written by `python -m paper_figs.questions` from the committed records and from nothing else; intervals are 95 % where a "
+        "sentence does not say what else they are. A number is of the model that its record names: the embedded model has 1.6 M "
+        "parameters, and what holds there need not hold elsewhere. `python studies/records.py NAME` makes a record again.", "",
     ]  # fmt: skip
     for i, question in enumerate(QUESTIONS, 1):
         out += [f"## {i}. {question.text}", "", answered(question, reports), ""]

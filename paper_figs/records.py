@@ -6,13 +6,16 @@ model and belong to ``make records``; the others take an hour and more, or a mod
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from hybridtheory.errors import UserError
 from probes import rundir
 from probes.records import Record
 
+T = TypeVar("T")
 REPORTS = Path("docs/reports")
 
 
@@ -73,3 +76,15 @@ def load(name: str, reports: Path, wanted_by: str) -> list[Record]:
     if not rundir.whole(reports / name):
         raise UserError(f"{wanted_by} needs the record {reports / name}, which is not finished: go on with {how}")
     return rundir.load(reports / name)
+
+
+def first(found: Iterable[T], what: str) -> T:
+    """The first of them; UserError says that the records hold no ``what``."""
+    for x in found:
+        return x
+    raise UserError(f"they hold no {what}")
+
+
+def there(value: T | None, what: str) -> T:
+    """``value``; UserError where the records hold none."""
+    return first([] if value is None else [value], what)

@@ -270,11 +270,11 @@ def _cross_sq(probe: Probe, index: int, vectors: int = 4) -> float:
 
 
 def _descent(change: StepChange, eta: dict[str, float], index: int, step: int) -> Descent:
-    m, q, f = change.measured, change.quadratic, change.fitted
+    m, q, f, c = change.measured, change.quadratic, change.fitted, change.coupling
     rates = {g: change.factor * v for g, v in eta.items() if change.what in (g, "both")}
     return Descent(
         index, step, change.what, change.factor, rates, m.value, m.stderr, m.n, q.value, q.stderr, f.value, f.stderr, change.hypotheses,
-        change.broken,
+        change.broken, c.value if c is not None else None, c.stderr if c is not None else None,
     )  # type: ignore[arg-type]  # fmt: skip
 
 

@@ -46,7 +46,8 @@ def answers(report: Report) -> list[str]:
         beside = "peft-adamw" if method.startswith("hybrid-adamw") else "peft-sgd"
         if t is not None and t.parts is not None:
             said.append(
-                f"{number(t.parts)} ({interval(t.parts_interval)}) times the time of its first-order twin ({beside}) and one forward pass"
+                f"{number(t.parts)} (quartiles of {t.rounds} rounds: {interval(t.parts_interval)}) times the time of its first-order twin "
+                f"({beside}) and one forward pass"
             )
         twin, zeroth = _find(report, beside, peft)[0], _find(report, "mezo", peft)[0]
         if m is not None and m.peak is not None:

@@ -35,7 +35,8 @@ class Descent:
     """Mean change of the loss in one step of `what` at `factor` of the rates, at a point of the first run, over n directions.
 
     quadratic: Identity Q with infinitesimal curvature; fitted: finite-scale curve through other directions. broken: the largest part
-    of measured - quadratic.
+    of measured - quadratic. coupling: of "both", what moving both adds to base alone and PEFT alone, with its own error (None in records
+    of before it was kept, and of one block alone).
     """
 
     index: int
@@ -52,6 +53,8 @@ class Descent:
     fitted_stderr: float
     hypotheses: tuple[Hypothesis, ...] = ()
     broken: str = ""
+    coupling: float | None = None
+    coupling_stderr: float | None = None
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,16 @@ def test_quadratic_every_mean_change_is_identity_q() -> None:
         assert abs(c.fitted.value - float(exact)) <= 5 * c.fitted.stderr + 1e-10
         assert c.measured.stderr <= 0.03 * abs(float(exact))
         assert all(h.holds for h in c.hypotheses)
+    # What moving both adds: within its own error, in which the base's has no part.
+    by = {(c.what, c.factor): c for c in changes}
+    for c in changes[8:]:
+        extra, base, peft = c.coupling, by["base", c.factor].measured, by["peft", c.factor].measured
+        exact = c.factor**2 * eta_x * eta_y * float(gx @ H[:SPLIT, SPLIT:] @ gy)
+        assert abs(extra.value - exact) <= 5 * extra.stderr
+        assert extra.value == pytest.approx(c.measured.value - base.value - peft.value, abs=1e-12)
+        own = c.measured.stderr**2 - base.stderr**2 + peft.stderr**2
+        assert extra.stderr == pytest.approx(math.sqrt(own), rel=1e-6)
+    assert all(c.coupling is None for c in changes[:8])
     # At small steps the samples do not vary: a handful of directions is enough.
     assert changes[0].measured.n <= 20 and changes[0].measured.stderr < 0.005 * abs(changes[0].measured.value)
 
