@@ -36,6 +36,11 @@ REFINED = 1.6  # a fitted rate further from the best one than this must not have
 SHAPE = 0.1  # added to both ends, in log: the minimum of a parabola through an asymmetric curve is off by up to 9 % (docs/sweeps.md)
 
 
+def ceiling(first: float) -> float:
+    """The loss above which a run is lost, from its first loss: where training calls it diverged once it stays there."""
+    return 2 * first + 1
+
+
 @dataclass(frozen=True)
 class Optimum:
     """rate: where the parabola is least; the best rate of the grid where there is no parabola. interval: over seeds.

@@ -20,6 +20,7 @@ from hybridtheory.errors import UserError
 from hybridtheory.estimators.streams import Key, numpy_generator
 from hybridtheory.estimators.zo_gradient import NonFiniteLoss
 from hybridtheory.optimizers.base import ZeroOrder
+from hybridtheory.optimum import ceiling as highest
 from hybridtheory.oracle import Objective, microbatches
 from hybridtheory.ranks import ALONE, Ranks, checksum
 
@@ -121,7 +122,8 @@ def train(
 
     batch       rows of a minibatch; ``accumulate`` minibatches make one step (each with directions of its own).
     micro       rows of a forward pass (None: the whole minibatch); changes memory and nothing else beyond rounding.
-    ceiling     the run has diverged when the loss is above it ``patience`` times in a row; None: twice the first loss, plus 1.
+    ceiling     the run has diverged when the loss is above it ``patience`` times in a row; None: `optimum.ceiling` of the first
+                loss.
     ranks       processes that share every minibatch: slopes, directions and weights are the same on all, which each step checks.
     lower_rows  what the inner steps of a bilevel method draw their minibatches from (None: ``rows``), in an order of its own.
     The model stays in the mode (train or eval) that it is in. Parameters are those before the step that failed when the outcome
@@ -168,7 +170,7 @@ def train(
         if scheduler is not None:
             scheduler.step()
         if limit is None:
-            limit = optimizer.run["ceiling"] = 2 * loss + 1
+            limit = optimizer.run["ceiling"] = highest(loss)
         high = optimizer.run["high"] = high + 1 if not loss <= limit else 0  # before the sink, which may keep the state
         asked = sink.step(step, loss, optimizer.report())
         if high >= patience or not math.isfinite(loss):

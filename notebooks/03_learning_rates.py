@@ -74,7 +74,7 @@ def answer(report: SweepReport) -> str:
             if sure
             else f"not identified, best run {number(best.best * k)}"
         )
-        told.append(f"{s.line.task}, {s.line.method}, {s.line.amount:g} {s.line.horizon}, {AXES[s.line.axis]}: {value}")
+        told.append(f"{s.line.task}, {s.line.method}, {s.line.until}, {AXES[s.line.axis]}: {value}")
     for score in report.scores:
         if score.scored and score.ratio is not None:
             told.append(f"{score.task}, {score.quantity}: predicted/swept {number(score.ratio)}")

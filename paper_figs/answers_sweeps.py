@@ -5,14 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from scipy import stats
 
 from hybridtheory.errors import UserError
-from paper_figs.records import load
-from probes.markdown import interval, number, percent
-from probes.sweep_compare import LOSS, Compared, Table, mean_interval
+from paper_figs.loss_curves import not_bracketed, told
+from paper_figs.records import first, load, there
+from probes.markdown import number, percent
+from probes.sweep_compare import Compared, Table, mean_interval
 from probes.sweep_grid import best_of
-from probes.sweep_lines import Place
-from probes.sweep_report import UNITS, SweepReport
+from probes.sweep_lines import Place, State
+from probes.sweep_report import AXES, SweepReport
+from probes.sweep_study import in_words
 
 WHO = "docs/questions.md"
 
@@ -21,67 +24,85 @@ def sweep(reports: Path, name: str) -> SweepReport:
     return SweepReport(load(name, reports, WHO))
 
 
-def methods(reports: Path) -> Table:
-    return sweep(reports, "methods-embedded").tables[0]
+def methods(report: SweepReport) -> Table:
+    return first(report.tables, "two methods at one budget")
 
 
 def row(found: Table, method: str) -> Compared:
-    return next(r for r in found.rows if r.method == method)
+    return first((r for r in found.rows if r.method == method), f"runs of {method}")
+
+
+def line(report: SweepReport, task: str, method: str | None = None) -> State:
+    """The first line of a task (and a method)."""
+    wanted = (s for s in report.states if s.line.task == task and method in (None, s.line.method))
+    return first(wanted, f"line of {task}" + (f", {method}" if method else ""))
 
 
 def best(report: SweepReport, task: str, method: str | None = None) -> Place:
-    """The best place of a task's line, or its only one."""
-    state = next(s for s in report.states if s.line.task == task and method in (None, s.line.method))
-    place = best_of(state.known)
-    return next(p for p in state.whole if p.place == place)
-
-
-def decrease(place: Place) -> np.ndarray:
-    return np.array([c.start - c.final for c in place.cells.values()])
+    """The best place of a line, or its only one."""
+    return there(line(report, task, method).best, f"place of {task} with all of its seeds")
 
 
 def gap(one: Place, other: Place) -> tuple[float, tuple[float, float]]:
     """What ``other`` lowers the loss beyond ``one``, paired over seeds, as a share of ``one``'s decrease, with its 95 % interval.
 
-    Over the seeds that gain something under both: one run that blows up would be all of a mean, so such runs are told apart (`lost`).
+    Over the seeds that gain something under both: one run that blows up would be all of a mean, so such runs are told apart (`left_out`).
     """
-    seeds = [s for s in one.cells if s in other.cells and s not in {*lost(one), *lost(other)}]
+    seeds = both_gain(one, other)
     differences = [one.cells[s].final - other.cells[s].final for s in seeds]
     unit = float(np.mean([one.cells[s].start - one.cells[s].final for s in seeds])) if seeds else 0.0
     ends = mean_interval(differences)
     if ends is None or unit <= 0:
         raise UserError(
-            f"the runs at places {one.place:g} and {other.place:g} cannot be compared: three seeds that gain something are needed"
+            f"three seeds are needed that gain something at both places {one.place:g} and {other.place:g}, and there are {len(seeds)}: of "
+            f"{len(one.cells)} and {len(other.cells)} runs {gone(one)} and {gone(other)}"
         )
     return float(np.mean(differences)) / unit, (ends[0] / unit, ends[1] / unit)
 
 
-def lost(place: Place) -> list[int]:
-    """Seeds that ended no lower than they began, or not at all."""
-    return [s for s, c in place.cells.items() if not c.final < c.start]
+def both_gain(one: Place, other: Place) -> list[int]:
+    return [s for s in one.cells if s in other.cells and s not in {*one.lost, *other.lost}]
 
 
-def verdict(found: tuple[float, tuple[float, float]], better: str, worse: str, alike: str) -> str:
-    """The word that the interval allows."""
-    low, high = found[1]
-    return better if low > 0 else worse if high < 0 else alike
+def gone(place: Place) -> str:
+    """How many runs of a place gained nothing, and what became of those that blew up."""
+    blown = ", ".join(f"{number(c.start)} to {number(c.final)}" for c in place.blown.values())
+    quiet = len(place.lost) - len(place.blown)
+    said = [f"{len(place.blown)} blew up ({blown})"] if blown else []
+    return " and ".join(said + ([f"{quiet} gained nothing"] if quiet or not said else []))
+
+
+def left_out(one: Place, other: Place, names: tuple[str, str]) -> str:
+    """A sentence about the runs that no mean holds; nothing where there is none."""
+    if not (one.lost or other.lost):
+        return ""
+    said = f". Left out of {len(one.cells)} runs each: of {names[0]} {gone(one)}, of {names[1]} {gone(other)}"
+    counts = [[len(p.lost), len(p.cells) - len(p.lost)] for p in (one, other)]
+    if counts[0] == counts[1]:
+        return said
+    p = float(stats.fisher_exact(counts).pvalue)
+    apart = "differ" if p < 0.05 else "do not tell the two apart"
+    return f"{said}; the numbers of lost runs {apart} (Fisher's exact test, p = {number(p, 2)})"
+
+
+def verdict(one: Place, other: Place, better: str, worse: str, alike: str) -> str:
+    """The word that the interval allows; that it is about a part of the runs where the two lost different numbers of them."""
+    low, high = gap(one, other)[1]
+    said = better if low > 0 else worse if high < 0 else alike
+    if len(one.lost) == len(other.lost):
+        return said
+    n = len(one.cells)
+    return f"{said} among the seeds that gain something under both ({len(one.lost)} and {len(other.lost)} of {n} runs each were lost)"
 
 
 def against(one: Place, other: Place, names: tuple[str, str]) -> str:
-    """Mean decreases, and their difference with its interval."""
+    """Mean decreases, their difference with its interval, and the runs that were left out."""
     mean, (low, high) = gap(one, other)
-    gone = {*lost(one), *lost(other)}
-    kept = [(s, c) for s, c in one.cells.items() if s in other.cells and s not in gone]
-    first = number(float(np.mean([c.start - c.final for _, c in kept])))
-    second = number(float(np.mean([other.cells[s].start - other.cells[s].final for s, _ in kept])))
-    runs = f", {len(kept)} seeds"
-    if gone:
-        runs += (
-            f"; of {len(one.cells)} runs each {len(lost(one))} and {len(lost(other))} gained nothing and are left out"
-        )
+    seeds = both_gain(one, other)
+    falls = [number(float(np.mean([p.cells[s].start - p.cells[s].final for s in seeds]))) for p in (one, other)]
     return (
-        f"{names[0]} lowers the loss by {first}, {names[1]} by {second}: {100 * mean:+.1f} % ({100 * low:+.1f} to {100 * high:+.1f} %) "
-        f"of it{runs}"
+        f"{names[0]} lowers the loss by {falls[0]}, {names[1]} by {falls[1]}: {100 * mean:+.1f} % ({100 * low:+.1f} to {100 * high:+.1f} "
+        f"%) of it, {len(seeds)} seeds{left_out(one, other, names)}"
     )
 
 
@@ -89,10 +110,10 @@ def shuffling(reports: Path) -> str:
     found = sweep(reports, "variants-embedded")
     pair = best(found, "reshuffled", "hybrid"), best(found, "iid", "hybrid")
     said = verdict(
-        gap(*pair), "No, it is the worse of the two here", "Yes", "It makes no difference that these runs resolve"
+        *pair, "No, it is the worse of the two here", "Yes", "It makes no difference that these runs resolve"
     )
     return (
-        f"{said}: at equal rates {against(*pair, ('reshuffling', 'drawing rows independently'))}. On sums with known constants the plateau "
+        f"{said}. At equal rates {against(*pair, ('reshuffling', 'drawing rows independently'))}. On sums with known constants the plateau "
         "of a first-order block falls as η² under reshuffling and as η under independent draws, that of a zeroth-order block "
         "as η under both (`docs/log.md`, tests of the theory): in the long run shuffling is an asset of the PEFT half."
     )
@@ -101,8 +122,11 @@ def shuffling(reports: Path) -> str:
 def order(reports: Path) -> str:
     found = sweep(reports, "variants-embedded")
     pair = best(found, "reshuffled", "hybrid"), best(found, "reshuffled", "hybrid-sequential")
-    said = verdict(gap(*pair), "Sequential", "Joint", "No difference that these runs resolve")
-    return f"{said}: at equal rates {against(*pair, ('the joint step', 'the sequential one'))}. It costs a forward pass more."
+    said = verdict(*pair, "Sequential", "Joint", "No difference that these runs resolve")
+    return (
+        f"{said}. At equal rates and steps {against(*pair, ('the joint step', 'the sequential one'))}. The runs cost {pair[0].spent:g} and "
+        f"{pair[1].spent:g} forward-equivalents."
+    )
 
 
 def halves(reports: Path) -> str:
@@ -115,71 +139,105 @@ def halves(reports: Path) -> str:
 
 
 def baselines(reports: Path) -> str:
-    table = methods(reports)
-    told = []
-    for r in table.rows:
-        ends = r.intervals[LOSS]
-        share = "" if r.share is None else f", {percent(r.share)} of the best decrease"
-        told.append(f"{r.method} {number(r.means[LOSS], 3)}" + (f" ({interval(ends)})" if ends else "") + share)
+    report = sweep(reports, "methods-embedded")
+    table = methods(report)
+    asked = dict.fromkeys(x.method for x in report.study.lines if x.task == table.task)
+    missing = [m for m in asked if m not in {r.method for r in table.rows}]
+    without = f" Without a rate at which every seed was run, so not compared: {', '.join(missing)}." if missing else ""
     return (
-        f"Training loss after {table.amount:g} {UNITS[table.horizon]}, each at its own best rates: {'; '.join(told)}."
+        f"Training loss, each method at its own best rates, after a budget of {in_words(table.horizon, table.amount)} (a run ends with the "
+        f"step that reaches it): {told(table, 3, share=True)}.{not_bracketed(report, table)}{without}"
     )
 
 
 def zo_lora(reports: Path) -> str:
-    table = methods(reports)
-    zo, fo = row(table, "mezo-peft"), row(table, "peft-sgd")
-    return f"At equal compute {against(fo.place, zo.place, ('first-order LoRA', 'zeroth-order LoRA'))}."
+    table = methods(sweep(reports, "methods-embedded"))
+    zo, fo = row(table, "mezo-peft").place, row(table, "peft-sgd").place
+    return (
+        f"Under a budget of {in_words(table.horizon, table.amount)} (spent: {fo.spent:g} by first-order, {zo.spent:g} by zeroth-order "
+        f"LoRA) {against(fo, zo, ('first-order LoRA', 'zeroth-order LoRA'))}."
+    )
 
 
 def variance(reports: Path) -> str:
     found = sweep(reports, "queries-embedded")
     one, eight = best(found, "q1"), best(found, "q8")
-    said = verdict(
-        gap(one, eight), "Yes, here", "No, what it costs is more than it brings", "Not that these runs resolve"
-    )
+    said = verdict(one, eight, "Yes, here", "No, what it costs is more than it brings", "Not that these runs resolve")
     steps = [max(c.step for c in p.cells.values()) for p in (one, eight)]
     return (
-        f"{said}. Eight queries a step have an eighth of the variance and cost eight times as much: at equal forward passes "
-        f"({steps[0]} and {steps[1]} steps) {against(one, eight, ('one query', 'eight queries'))}. Best rates {number(one.lr_base)} and "
-        f"{number(eight.lr_base)}."
+        f"{said}. Eight queries a step have an eighth of the variance and cost eight times as much: at {one.spent:g} and {eight.spent:g} "
+        f"forward passes ({steps[0]} and {steps[1]} steps) {against(one, eight, ('one query', 'eight queries'))}. Best rates "
+        f"{number(one.lr_base)} and {number(eight.lr_base)}.{beyond([line(found, x) for x in ('q1', 'q8')])}"
     )
 
 
 def refresh(reports: Path) -> str:
     found = sweep(reports, "refresh-embedded")
-    first = best(found, "refresh-1")
+    every = best(found, "refresh-1")
     told = [
-        against(first, best(found, f"refresh-{x}"), ("a subspace a step", label))
+        against(every, best(found, f"refresh-{x}"), ("a subspace a step", label))
         for x, label in (("10", "one every ten steps"), ("never", "a single one"))
     ]
-    return f"{'. '.join(told)}."
+    return f"{'. '.join(told)}.{beyond([line(found, f'refresh-{x}') for x in ('1', '10', 'never')])}"
+
+
+def beyond(states: list[State]) -> str:
+    """A sentence about the lines whose best rate lies on the edge of its grid."""
+    parts = [f"{s.line.task} ({s.at_edge})" for s in states if s.at_edge]
+    return f" Not bracketed, so better rates may lie beyond: {', '.join(parts)}." if parts else ""
 
 
 def seeds(reports: Path) -> str:
-    told = []
-    for r in methods(reports).rows:
-        gained = decrease(r.place)
-        if np.isfinite(gained).all() and gained.mean() > 0:
-            told.append(f"{r.method} {percent(float(gained.std(ddof=1) / gained.mean()))}")
+    table = methods(sweep(reports, "methods-embedded"))
+    told, without, counts = [], [], set()
+    for r in table.rows:
+        gained = np.array([c.start - c.final for c in r.place.cells.values()])
+        if len(gained) < 2 or not np.isfinite(gained).all() or gained.mean() <= 0:
+            without.append(f"{r.method} (of {len(gained)} runs {gone(r.place)})")
+            continue
+        counts.add(len(gained))
+        state = "" if r.ranked else " (budget too small)"
+        told.append(f"{r.method} {percent(float(gained.std(ddof=1) / gained.mean()))}{state}")
+    first(told, "method with a decrease of two seeds")
+    n = min(counts)
+    low, high = (float(np.sqrt((n - 1) / stats.chi2.ppf(p, n - 1))) for p in (0.975, 0.025))
+    dropped = f" Without a mean decrease: {', '.join(without)}." if without else ""
     return (
-        f"Standard deviation of the decrease over seeds at the best rates, as a share of its mean: {', '.join(told)}."
+        f"Standard deviation of the decrease over seeds at the best rates, as a share of its mean: {', '.join(told)}. From {n} seeds such "
+        f"a number is known to a factor of {number(low, 2)} to {number(high, 2)} (95 %, normal decreases).{dropped}"
     )
 
 
 def edges(reports: Path) -> str:
-    moved = total = 0
-    factors = []
-    for state in sweep(reports, "methods-embedded").states:
-        grid = state.line.grid
-        if grid is None or not state.known:
-            continue
-        total += 1
-        first = [grid.rate(i) for i in grid.first]
-        here = best_of(state.known)
-        if not first[0] <= here <= first[-1]:
-            moved += 1
-            factors.append(max(here / first[-1], first[0] / here))
-    far = f", by a factor of up to {number(max(factors), 2)}" if factors else ""
-    said = "Yes" if moved else "Not here"
-    return f"{said}: in {moved} of {total} lines the best rate lay outside the first three points{far}."
+    outside: list[tuple[State, float]] = []
+    states = [s for s in sweep(reports, "methods-embedded").states if s.line.grid is not None and s.known]
+    first(states, "swept line")
+    sizes = set()
+    for s in states:
+        assert s.line.grid is not None
+        low, *_, high = (s.line.grid.rate(i) for i in s.line.grid.first)
+        sizes.add(s.line.grid.points)
+        here = best_of(s.known)
+        if not low <= here <= high:
+            outside.append((s, max(here / high, low / here)))
+    points = f"the first {sizes.pop()} points" if len(sizes) == 1 else "the first points"
+    said = "Yes" if outside else "Not here"
+    parts = [f"{said}: in {len(outside)} of {len(states)} lines the best rate lay outside {points} of the grid"]
+    inner = [factor for s, factor in outside if not s.at_edge]
+    if inner:
+        parts.append(f"{len(inner)} of them are bracketed there, up to a factor {number(max(inner), 2)} outside")
+    open_ended = [
+        f"{s.line.method}, {AXES[s.line.axis]}, by at least a factor {number(factor, 2)}"
+        for s, factor in outside
+        if s.at_edge
+    ]
+    if open_ended:
+        parts.append(
+            f"{len(open_ended)} of them still lie on the edge of the grid as far as it may be extended, so how far out is not known "
+            f"({'; '.join(open_ended)})"
+        )
+    stuck = [s for s in states if s.at_edge and s not in [x for x, _ in outside]]
+    if stuck:
+        names = "; ".join(f"{s.line.method}, {AXES[s.line.axis]}" for s in stuck)
+        parts.append(f"{len(stuck)} more have it on the edge of {points} ({names})")
+    return f"{'; '.join(parts)}."

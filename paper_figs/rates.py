@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from matplotlib.figure import Figure
 
+from paper_figs.records import first
 from probes.markdown import interval, number
 from probes.records import Record
 from probes.sweep_figures import rates
@@ -21,7 +22,7 @@ def lines(report: SweepReport) -> list[State]:
     """Those of the hybrid method, on the first task and budget."""
     found = [s for s in report.states if s.line.method == "hybrid" and s.line.grid is not None and s.whole]
     about = [(s.line.task, s.line.horizon, s.line.amount) for s in found]
-    return [s for s, which in zip(found, about, strict=True) if which == about[0]]
+    return [s for s, which in zip(found, about, strict=True) if which == about[0]] if found else []
 
 
 def draw(records: list[Record]) -> Figure | None:
@@ -45,8 +46,8 @@ def caption(records: list[Record]) -> str:
         told.append(
             f"{AXES[s.line.axis]}: {sure if best.identified else f'not identified, best run {number(best.best * k)}'}"
         )
-    line = lines(report)[0].line
+    line = first(lines(report), "swept line of the hybrid method").line
     return (
-        f"Loss of the training rows after {line.amount:g} {line.horizon} of the hybrid method on {report.head.model.name}, "
+        f"Loss of the training rows after a budget of {line.until} of the hybrid method on {report.head.model.name}, "
         f"{len(line.seeds)} seeds, against the learning rate. Optima with 95 % intervals over seeds: {'; '.join(told)}."
     )

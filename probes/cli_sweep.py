@@ -158,7 +158,7 @@ def _plan(console: Console, study: Any) -> None:
         first = [line.grid.rate(i) for i in line.grid.first] if line.grid else []
         places = f"{first[0]:.3g} to {first[-1]:.3g}" if first else "given rates"
         runs = max(len(first), 1) * len(line.seeds)
-        rows.append([line.task, line.method, line.axis, f"{line.amount:g} {line.horizon}", places, str(runs)])
+        rows.append([line.task, line.method, line.axis, line.until, places, str(runs)])
     total = sum(int(r[-1]) for r in rows)
     console.print(
         grid(["task", "method", "axis", "budget", "first places", "runs"], rows, "lines of this sweep", left=5)

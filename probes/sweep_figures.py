@@ -17,6 +17,7 @@ from probes.figures_style import BLUE, GREY, ORANGE, grid, log_axis, style, writ
 from probes.figures_style import RED as WALL
 from probes.sweep_lines import State
 from probes.sweep_scores import Score, unit
+from probes.sweep_study import in_words
 
 if TYPE_CHECKING:
     from probes.rundir import RunFolder
@@ -76,7 +77,7 @@ def rates(states: list[State], scores: list[Score]) -> Figure:
         if r != "worst_case"
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(1 + len(states), 4))
-    figure.suptitle(f"{first.task}, {first.method}, {first.amount:g} {first.horizon}", fontsize=9, x=0.01, ha="left")
+    figure.suptitle(f"{first.task}, {first.method}, {first.until}", fontsize=9, x=0.01, ha="left")
     return figure
 
 
@@ -159,6 +160,6 @@ def methods(table: Table) -> Figure:
             color=GREY,
         )
     ax.set(xlabel="forward-equivalents (forward 1, backward 2)", ylabel="minibatch loss (mean, range over seeds)")
-    ax.set_title(f"{table.task}, {table.amount:g} {table.horizon}")
+    ax.set_title(f"{table.task}, {in_words(table.horizon, table.amount)}")
     ax.legend()
     return figure

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from hybridtheory.optimum import Optimum, boundary, clipped, optimum
+from hybridtheory.optimum import Optimum, boundary, ceiling, clipped, optimum
 from probes.records_sweep import Cell
 from probes.sweep_grid import Score, best_of, canonical, edge, ends, wanted
 from probes.sweep_study import Line, Study
@@ -39,6 +39,21 @@ class Place:
     def final(self) -> float:
         """Mean over seeds; not finite where one diverged."""
         return float(np.mean([c.final for c in self.cells.values()]))
+
+    @property
+    def spent(self) -> float:
+        """Forward-equivalents of a run, mean over seeds: under a budget a run ends with the step that reaches it."""
+        return float(np.mean([c.equivalents for c in self.cells.values()]))
+
+    @property
+    def lost(self) -> dict[int, Cell]:
+        """By seed, the runs that ended no lower than they began, or not at all."""
+        return {s: c for s, c in self.cells.items() if not c.final < c.start}
+
+    @property
+    def blown(self) -> dict[int, Cell]:
+        """Those of the lost runs that diverged or ended above `optimum.ceiling`."""
+        return {s: c for s, c in self.lost.items() if c.status not in ENDED or not c.final <= ceiling(c.start)}
 
 
 @dataclass

@@ -17,10 +17,9 @@ from probes.records_sweep import Cell, Predictions, SweepTask
 from probes.sweep_compare import Compared, Table, over_tasks, tables
 from probes.sweep_lines import Lines, State
 from probes.sweep_scores import QUANTITY, Score, scores, unit
-from probes.sweep_study import Line, Study, from_options
+from probes.sweep_study import Study, from_options, in_words
 
 T = TypeVar("T")
-UNITS = {"steps": "steps", "budget": "forward-equivalents", "tokens": "tokens", "seconds": "seconds of steps"}
 AXES = {
     "base": "η base (η PEFT = 0)", "peft": "η PEFT (η base = 0)", "scale": "scale of both", "ratio": "ratio PEFT/base",
     "fixed": "given rates", "predicted": "predicted rates",
@@ -96,7 +95,7 @@ class SweepReport:
             best, k = s.optimum, unit(s)
             if best is None:
                 continue
-            where = f"{s.line.task}, {s.line.method}, {_end(s.line)}: {AXES[s.line.axis]}"
+            where = f"{s.line.task}, {s.line.method}, {s.line.until}: {AXES[s.line.axis]}"
             ends = f" ({interval((best.interval[0] * k, best.interval[1] * k))})" if best.interval else ""
             sure = (
                 f"{number(best.rate * k)}{ends}"
@@ -108,7 +107,7 @@ class SweepReport:
         for t in self.tables:
             ranked = [r.method for r in t.rows if r.ranked]
             out.append(
-                f"{t.task}, {t.amount:g} {UNITS[t.horizon]}: "
+                f"{t.task}, {in_words(t.horizon, t.amount)}: "
                 + (" < ".join(ranked) or "no method moved by five standard errors")
             )
         return out
@@ -164,7 +163,7 @@ class SweepReport:
             )
             loss = _loss(s)
             rows.append(
-                [s.line.task, s.line.method, _end(s.line), AXES[s.line.axis], value, loss, bound, str(len(s.whole))]
+                [s.line.task, s.line.method, s.line.until, AXES[s.line.axis], value, loss, bound, str(len(s.whole))]
             )
         head = [
             "task",
@@ -201,7 +200,7 @@ class SweepReport:
             verdict = {True: "diverges", False: "", None: ""}[s.diverges]
             joint = s.quantity == QUANTITY["predicted"]
             rows.append([
-                s.task, f"{s.amount:g} {s.horizon}", s.quantity, rule,
+                s.task, in_words(s.horizon, s.amount), s.quantity, rule,
                 "–" if joint else number(s.predicted) + (f" ({interval(s.interval)})" if s.interval else ""), swept,
                 number(s.ratio), {True: "yes", False: "no", None: "–"}[s.within], {True: "yes", False: "no", None: "–"}[s.inside],
                 percent(s.penalty) if s.penalty is None or abs(s.penalty) < 10 else "over 1000 %", verdict,
@@ -226,7 +225,7 @@ class SweepReport:
     def methods(self) -> list[str]:
         out = []
         for found in self.tables:
-            out += [f"## Methods on {found.task} at {found.amount:g} {UNITS[found.horizon]}", ""]
+            out += [f"## Methods on {found.task} at {in_words(found.horizon, found.amount)}", ""]
             words = [w for w in found.rows[0].means if all(w in r.means for r in found.rows)]
             rows = [self._row(r, words, found) for r in found.rows]
             head = [
@@ -306,13 +305,8 @@ def _loss(state: State) -> str:
     best = state.best
     if best is None:
         return "–"
-    lost = sum(not c.final < c.start for c in best.cells.values())
-    after = f" ({lost} of {len(best.cells)} seeds gained nothing)" if lost else ""
+    after = f" ({len(best.lost)} of {len(best.cells)} seeds gained nothing)" if best.lost else ""
     return f"{number(state.start, 4)} → {number(state.known[best.place].loss, 4)}{after}"
-
-
-def _end(line: Line) -> str:
-    return f"{line.amount:g} {UNITS[line.horizon]}"
 
 
 def load(folder: Path) -> SweepReport:

@@ -20,6 +20,13 @@ from typing import Any
 from hybridtheory.errors import UserError
 from probes.sweep_grid import Grid
 
+UNITS = {"steps": "steps", "budget": "forward-equivalents", "tokens": "tokens", "seconds": "seconds of steps"}
+
+
+def in_words(horizon: str, amount: float) -> str:
+    """("budget", 80) as "80 forward-equivalents"."""
+    return f"{amount:g} {UNITS[horizon]}"
+
 
 @dataclass(frozen=True)
 class Source:
@@ -59,6 +66,11 @@ class Line:
     @property
     def key(self) -> tuple[str, str, str, str, float]:
         return self.task, self.method, self.axis, self.horizon, self.amount
+
+    @property
+    def until(self) -> str:
+        """What a run of it lasts, in words."""
+        return in_words(self.horizon, self.amount)
 
 
 @dataclass(frozen=True)

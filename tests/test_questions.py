@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from made_up_sweep import TASK, made_up
 
 from hybridtheory.errors import UserError
 from hybridtheory.intervals import block_means
 from paper_figs import answers_probes as probed
-from paper_figs import captured, questions
+from paper_figs import answers_sweeps as swept
+from paper_figs import bilevel, captured, loss_curves, questions
 from probes import records as R
 from probes import rundir
 from probes.jsonl import encode
 from probes.records_convergence import Descent
 from probes.records_estimators import Compared
+from probes.sweep_description import study
+from probes.sweep_report import SweepReport
 
 REPORTS = Path(__file__).parent.parent / "docs" / "reports"
 
 
 def write(reports: Path, name: str, records: list) -> None:
-    """reports/NAME, a finished run with these records."""
+    """reports/NAME, a finished run with these records, its header included or not."""
     (reports / name).mkdir(parents=True, exist_ok=True)
     head = R.Header("smoothness", 0, R.ModelInfo("made-up", "", 0), R.DataInfo("d", ""), [])
-    lines = [encode(x) + "\n" for x in (head, *records, R.End("finished"))]
+    whole = records if any(isinstance(x, R.Header) for x in records) else [head, *records, R.End("finished")]
+    lines = [encode(x) + "\n" for x in whole]
     (reports / name / rundir.RECORDS).write_text("".join(lines), encoding="utf-8")
 
 
@@ -152,6 +159,113 @@ def test_means_over_some_pairs_of_a_run_cover() -> None:
     assert math.isnan(block_means(np.ones((1, 8)), np.zeros(8, bool))[0][0])
 
 
+# ---- sweeps ----------------------------------------------------------------------------------------------------------
+
+
+def variants(iid: list[float], sequential: list[float]) -> list[R.Record]:
+    """The sweep of variants: reshuffled runs end at 1.0 to 1.04 from 2.0, the others where they are told to, by seed."""
+    plain = [1.0, 1.01, 1.02, 1.03, 1.04]
+    rates = {"axes": ["fixed"], "lr_base": 1e-3, "lr_peft": 1e-2}
+    of = {m: {**rates} for m in ("hybrid", "hybrid-sequential")}
+    iid_task = {"name": "iid", "methods": ["hybrid"], "method": {"hybrid": rates}}
+    made = study({"seeds": 5, "task": [{"name": "reshuffled", "methods": list(of), "method": of}, iid_task]})
+    finals = {("reshuffled", "hybrid"): plain, ("reshuffled", "hybrid-sequential"): sequential, ("iid", "hybrid"): iid}
+    tasks = [replace(TASK, name=n) for n in ("reshuffled", "iid")]
+    return made_up(made, lambda x, base, peft, seed: finals[x.task, x.method][seed], tasks=tasks)
+
+
+def test_a_verdict_says_how_many_runs_it_leaves_out(tmp_path: Path) -> None:
+    better = [0.9, 0.91, 0.92, 0.93, 0.94]
+    write(tmp_path, "variants-embedded", variants([math.inf, 40.0, 2.1, 0.93, 0.94], better))
+    [first, *_] = [q for q in questions.QUESTIONS if q.records == ("variants-embedded",)]
+    said = questions.answered(first, tmp_path)
+    assert said.startswith("Cannot be decided") and "2 blew up (2.00 to ∞, 2.00 to 40.0) and 1 gained nothing" in said
+    write(tmp_path, "variants-embedded", variants([math.inf, 2.1, 0.92, 0.93, 0.94], better))
+    said = swept.shuffling(tmp_path)
+    assert said.startswith(
+        "No, it is the worse of the two here among the seeds that gain something under both (0 and 2 of 5 runs each were"
+    )
+    assert "of drawing rows independently 1 blew up (2.00 to ∞) and 1 gained nothing" in said
+    assert "do not tell the two apart (Fisher's exact test, p = 0.44)" in said
+    said = swept.order(tmp_path)
+    assert said.startswith("Sequential. ") and "Left out" not in said and "5 seeds" in said
+
+
+METHODS = {"adamw": "base", "mezo": "base", "bilevel": "scale", "peft-sgd": "peft", "mezo-peft": "peft"}
+
+
+def compared(best: dict[str, float], extensions: int = 1, lost: tuple[str, ...] = ()) -> list[R.Record]:
+    """A sweep of methods, the best first, under a budget of 8; bilevel spends 11. Their loss is least at the rate ``best`` (default 1)."""
+    grid = {"points": 3, "extensions": extensions, "refine": 3, "boundary": False, "base": 1.0, "peft": 1.0}
+    made = study(
+        {
+            "budget": 8,
+            "seeds": 3,
+            "methods": list(METHODS),
+            "axes": ["base", "peft", "scale"],
+            "grid": grid,
+            "task": [{"name": "a"}],
+        }
+    )
+
+    def loss(line: Any, base: float, peft: float, seed: int) -> float:
+        if line.method in lost:
+            return 2.5 + seed
+        rate, k = peft if line.axis == "peft" else base, list(METHODS).index(line.method)
+        return 0.5 + 0.1 * k + 0.01 * seed * (k + 1) + 0.1 * abs(math.log(rate / best.get(line.method, 1.0)))
+
+    return made_up(made, loss, spent=lambda line: 11 if line.method == "bilevel" else 8)
+
+
+def test_what_each_method_spent_is_told_where_it_differs(tmp_path: Path) -> None:
+    records = compared({"adamw": 10.0})
+    write(tmp_path, "methods-embedded", records)
+    said = swept.baselines(tmp_path)
+    assert (
+        "budget of 8 forward-equivalents" in said
+        and "; 11 forward-equivalents; " in said
+        and "; 8 forward-equivalents; " in said
+    )
+    assert "Not bracketed, so better rates may lie beyond: adamw (highest of the grid of η base (η PEFT = 0))." in said
+    text = bilevel.caption(records)
+    assert "11 forward-equivalents" in text and "Not bracketed" not in text
+    with pytest.raises(UserError, match="not swept with hybrid"):
+        loss_curves.caption(records)
+    # The target is of the best method, which this figure does not show.
+    [table] = SweepReport(records).tables
+    assert table.rows[0].method == "adamw" and table.target is not None
+    assert loss_curves.chosen(records, ("bilevel", "mezo")).target is None
+    assert loss_curves.chosen(records, ("adamw", "mezo")).target == table.target
+
+
+def test_lines_that_end_on_an_edge_give_a_least_factor(tmp_path: Path) -> None:
+    write(tmp_path, "methods-embedded", compared({}))
+    assert (
+        swept.edges(tmp_path) == "Not here: in 0 of 7 lines the best rate lay outside the first 3 points of the grid."
+    )
+    write(tmp_path, "methods-embedded", compared({"adamw": 100.0, "mezo": 9.0}, extensions=2))
+    said = swept.edges(tmp_path)
+    assert said.startswith(
+        "Yes: in 2 of 7 lines the best rate lay outside the first 3 points of the grid; 1 of them are bracketed there"
+    )
+    assert "up to a factor 3.0 outside" in said and "adamw, η base (η PEFT = 0), by at least a factor 9.0" in said
+    write(tmp_path, "methods-embedded", compared({"adamw": 100.0}, extensions=0))
+    said = swept.edges(tmp_path)
+    assert said.startswith("Not here") and "1 more have it on the edge" in said
+
+
+def test_a_method_that_does_not_gain_is_named_and_not_dropped(tmp_path: Path) -> None:
+    write(tmp_path, "methods-embedded", compared({}, lost=("mezo",)))
+    said = swept.seeds(tmp_path)
+    assert "Without a mean decrease: mezo (of 3 runs 3 gained nothing)" in said and "From 3 seeds such a number" in said
+    assert "factor of 0.52 to 6.3" in said
+    assert "budget too small" in swept.baselines(tmp_path)
+    records = compared({})
+    some = [r for r in records if not (isinstance(r, R.Cell) and r.method == "mezo" and r.seed == 2)]
+    write(tmp_path, "methods-embedded", some)
+    assert "so not compared: mezo." in swept.baselines(tmp_path)
+
+
 # ---- records that hold nothing, pages that cannot be written ---------------------------------------------------------
 
 
@@ -161,6 +275,17 @@ def test_a_record_without_its_lines_is_one_sentence(question: questions.Question
         for name in question.records:
             write(tmp_path, name, other)
         assert questions.answered(question, tmp_path).startswith("Cannot be decided ")
+
+
+@pytest.mark.parametrize(
+    "question", [q for q in questions.QUESTIONS if q.answer and q.answer.__module__ == swept.__name__]
+)
+def test_a_sweep_without_its_lines_is_one_sentence(question: questions.Question, tmp_path: Path) -> None:
+    other = made_up(study({"task": [{"name": "a"}], "methods": ["mezo"], "axes": ["base"]}), lambda *_: 1.0)
+    for records in (other, [r for r in other if not isinstance(r, R.Cell)]):
+        write(tmp_path, question.records[0], records)
+        if question.answer is not swept.edges or len(records) < 5:
+            assert questions.answered(question, tmp_path).startswith("Cannot be decided from these records: ")
 
 
 def test_a_record_that_cannot_be_read_is_one_sentence(tmp_path: Path) -> None:

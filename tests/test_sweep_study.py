@@ -10,14 +10,13 @@ from pathlib import Path
 
 import pytest
 from made_up_run import made_up_run
+from made_up_sweep import TASK, made_up
 
 from hybridtheory.errors import UserError
 from probes import predictions, rundir, sweep_figures, sweep_report, sweep_study
 from probes import records as R
 from probes.sweep_compare import holm, over_tasks, to_target
 from probes.sweep_description import study
-from probes.sweep_lines import Lines
-from probes.sweep_work import work
 
 
 def cells(records) -> list[R.Cell]:
@@ -25,43 +24,6 @@ def cells(records) -> list[R.Cell]:
 
 
 # ---- a made-up sweep: everything but the runs ------------------------------------------------------------------------
-
-TASK = R.SweepTask(
-    "a", 0, "m", "0" * 64, "Made", "float32", "made-up", "1" * 64, 8, 80.0, "nats", {"type": "lora", "rank": 4, "scale": 2.0},
-    {"base": 100, "peft": 10},
-)  # fmt: skip
-
-
-def made_up_cell(f, final: float) -> R.Cell:
-    ended = math.isfinite(final)
-    loss = [2 - (2 - min(final, 9)) * k / 4 for k in (1, 2, 3, 4)]
-    return R.Cell(
-        f.id, **f.fields, ran=f.settings.method,
-        status="finished" if ended else "diverged", step=4, forwards=8, backwards=0, equivalents=8, tokens=80, start=2.0, final=final,
-        curve={"step": [1, 2, 3, 4], "loss": loss, "equivalents": [2, 4, 6, 8], "tokens": [20, 40, 60, 80]},
-        scores={"step": [0, 4], "loss": [2.0, final]}, held_out=None, weights_sha256=None, seconds=1.0, clock=[1, 2, 3, 4],
-    )  # fmt: skip
-
-
-def made_up(made, loss, entries=(), tasks=(TASK,)) -> list[R.Record]:
-    """The records of a sweep whose runs end at loss(line, lr_base, lr_peft, seed); infinite: diverged."""
-    found: list[R.Cell] = []
-    known = {(t.name, t.seed): t for t in tasks}
-    while True:
-        lines = Lines(made, found, entries)
-        asked = [(s, p) for x in lines.all_lines() if (s := lines.state(x)) is not None for p in s.next_places()]
-        if not asked:
-            break
-        for state, place in asked:
-            for seed in state.line.seeds:
-                f = work(made, known, state, place, seed)
-                final = loss(state.line, *(x or 0.0 for x in state.rates(place)), seed)
-                found.append(made_up_cell(f, final))
-    options = made.options()
-    head = R.Header(
-        "sweep", 0, R.ModelInfo("m", "", 0), R.DataInfo("d", ""), [], options=json.loads(json.dumps(options))
-    )
-    return [head, *tasks, *found, R.End("finished")]
 
 
 def bowl(line, base, peft, seed):
