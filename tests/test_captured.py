@@ -48,6 +48,39 @@ def test_the_share_is_that_of_a_dense_projection(task):
     assert all(0 < x < 1 for x in every.captured + kept.captured)
 
 
+def test_the_subspace_of_a_step_is_the_one_that_the_step_moves_in(task, monkeypatch):
+    """Subspaces kept for two steps, five steps: in the second step of a window, in the first of the next one, and so on."""
+    seen: dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+    real = captured.captured_energy
+
+    def look(law, key, name, like, g):
+        u, v = law.subspace(key, name, *law.matrix(like), like)
+        seen[key.step, name] = u.clone(), v.clone(), like.detach().clone()
+        return real(law, key, name, like, g)
+
+    monkeypatch.setattr(captured, "captured_energy", look)
+    [found] = of(captured.run(task, captured.Settings(refreshes=(2,), steps=5, runs=1)))
+    assert found.status == "finished"
+    names = sorted({n for _, n in seen})
+    assert len(seen) == 5 * len(names) and len(names) > 5
+
+    def inside(move: torch.Tensor, u: torch.Tensor, v: torch.Tensor) -> float:
+        """Share of a matrix's squared norm in the subspace of U and V."""
+        return (float((u.T @ move @ v).norm()) / float(move.norm())) ** 2
+
+    for name in names:
+        for step in range(4):
+            u, v, before = seen[step, name]
+            move = seen[step + 1, name][2].double() - before.double()
+            assert float(move.norm()) > 0
+            assert inside(move, u.double(), v.double()) > 0.999, (name, step)
+            # The subspace of the next window is another one, and holds no more of the move than a blind one.
+            other = seen[4 if step >= 2 else 2, name]
+            assert torch.equal(u, seen[step ^ 1, name][0]) and not torch.equal(u, other[0])
+            if min(before.shape) > 40:
+                assert inside(move, other[0].double(), other[1].double()) < 0.5, (name, step)
+
+
 def test_a_resumed_measurement_says_the_same_and_leaves_the_weights(task):
     before = [p.detach().clone() for p in task.model.parameters()]
     whole = of(captured.run(task, SETTINGS))
