@@ -55,7 +55,7 @@ def gap(one: Place, other: Place) -> tuple[float, tuple[float, float]]:
     if ends is None or unit <= 0:
         raise UserError(
             f"three seeds are needed that gain something at both places {one.place:g} and {other.place:g}, and there are {len(seeds)}: of "
-            f"{len(one.cells)} and {len(other.cells)} runs {gone(one)} and {gone(other)}"
+            f"{len(one.cells)} and {len(other.cells)} runs were lost: {gone(one)}; {gone(other)}"
         )
     return float(np.mean(differences)) / unit, (ends[0] / unit, ends[1] / unit)
 
@@ -65,11 +65,13 @@ def both_gain(one: Place, other: Place) -> list[int]:
 
 
 def gone(place: Place) -> str:
-    """How many runs of a place gained nothing, and what became of those that blew up."""
+    """How many runs of a place gained nothing, and what became of those that blew up; "none" where all gained something."""
+    if not place.lost:
+        return "none"
     blown = ", ".join(f"{number(c.start)} to {number(c.final)}" for c in place.blown.values())
     quiet = len(place.lost) - len(place.blown)
     said = [f"{len(place.blown)} blew up ({blown})"] if blown else []
-    return " and ".join(said + ([f"{quiet} gained nothing"] if quiet or not said else []))
+    return " and ".join(said + ([f"{quiet} gained nothing"] if quiet else []))
 
 
 def left_out(one: Place, other: Place, names: tuple[str, str]) -> str:
