@@ -62,15 +62,17 @@ def rates(states: list[State], scores: list[Score]) -> Figure:
     for ax, state in zip(axes, states, strict=True):
         _panel(ax, state, [s for s in scores if _about(s, state)], rules)
     axes[0].set_ylabel("loss after the run")
-    handles: list[Any] = [
-        Line2D([], [], ls="", marker="o", color=GREY, ms=2.5, alpha=0.6, label="one seed"),
-        Line2D([], [], ls="", marker="o", color=BLUE, label="mean over seeds"),
-        Line2D([], [], ls="", marker="^", color=WALL, mfc="white", label="some seed off the scale, or diverged"),
-        Line2D([], [], color=BLUE, label="parabola"),
-        Patch(color=BLUE, alpha=0.15, label="optimum, 95 %"),
-        Patch(color=WALL, alpha=0.12, label="runs begin to diverge in here"),
-        Line2D([], [], color=GREY, ls=":", label="loss before the run"),
-    ]
+    found = [s.optimum for s in states if s.optimum is not None]
+    explained: dict[Any, bool] = {
+        Line2D([], [], ls="", marker="o", color=GREY, ms=2.5, alpha=0.6, label="one seed"): True,
+        Line2D([], [], ls="", marker="o", color=BLUE, label="mean over seeds"): True,
+        Line2D([], [], ls="", marker="^", color=WALL, mfc="white", label="some seed off the scale, or diverged"): True,
+        Line2D([], [], color=BLUE, label="parabola"): any(x.fit is not None for x in found),
+        Patch(color=BLUE, alpha=0.15, label="optimum, 95 %"): any(x.identified for x in found),
+        Patch(color=WALL, alpha=0.12, label="runs begin to diverge in here"): any(s.boundary[1] for s in states),
+        Line2D([], [], color=GREY, ls=":", label="loss before the run"): True,
+    }
+    handles = [handle for handle, drawn in explained.items() if drawn]
     handles += [
         Line2D([], [], color=ORANGE, ls=DASHES[rules.index(r) % len(DASHES)], label=f"predicted: {r}")
         for r in rules

@@ -88,9 +88,16 @@ class State:
 
     @cached_property
     def whole(self) -> list[Place]:
-        """Places at which every seed was run, in increasing order."""
+        """Places at which every seed was run, in increasing order, with the rates that were run: where a joint line goes around another
+        optimum today than it did then, its places mean other rates.
+        """
         full = [(p, by) for p, by in sorted(self.cells.items()) if all(s in by for s in self.line.seeds)]
-        return [Place(p, *self.rates(p), {s: by[s] for s in self.line.seeds}) for p, by in full]
+        found = []
+        for p, by in full:
+            cells = {s: by[s] for s in self.line.seeds}
+            run = cells[self.line.seeds[0]]
+            found.append(Place(p, run.lr_base, run.lr_peft, cells))
+        return found
 
     @cached_property
     def known(self) -> dict[float, Score]:

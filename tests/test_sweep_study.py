@@ -52,6 +52,18 @@ def test_three_sweeps_find_both_optima_and_their_ratio():
     json.dumps(report.json(), allow_nan=False)
 
 
+def test_a_place_has_the_rates_that_were_run():
+    """Also where the line that a joint one goes around has another optimum by now, as after a change of what counts as one."""
+    records = made_up(study({"task": [{"name": "a"}], "seeds": 3, "axes": ["base", "peft", "scale"]}), bowl)
+    moved = [
+        replace(r, lr_peft=r.lr_peft * 1.25) if isinstance(r, R.Cell) and r.axis == "scale" and r.lr_peft else r
+        for r in records
+    ]
+    [was], [now] = ([s for s in sweep_report.SweepReport(x).states if s.line.axis == "scale"] for x in (records, moved))
+    assert [p.lr_peft for p in was.whole] == pytest.approx([was.rates(p.place)[1] for p in was.whole])
+    assert [p.lr_peft for p in now.whole] == pytest.approx([1.25 * p.lr_peft for p in was.whole])
+
+
 def test_an_edge_is_flagged_in_the_report():
     made = study({"task": [{"name": "a"}], "axes": ["base"], "grid": {"base": 1e-9, "extensions": 1}})
     text = sweep_report.SweepReport(made_up(made, bowl)).text()
@@ -118,6 +130,12 @@ def test_figures_show_every_line(tmp_path):
     figures = sweep_figures.drawn(sweep_report.SweepReport(records))
     [name] = figures
     assert name == "rates-a-x-hybrid-100-steps" and len(figures[name].axes) == 4
+    assert {"parabola", "optimum, 95 %"} <= {t.get_text() for t in figures[name].legends[0].get_texts()}
+    assert figures[name].get_suptitle() == "a [x], hybrid, 100 steps"
+    one = made_up(replace(made, lines=made.lines[:1]), lambda *_: 2.5, tasks=(replace(TASK, name="a [x]"),))
+    flat = sweep_figures.drawn(sweep_report.SweepReport(one))
+    [figure] = flat.values()
+    assert "parabola" not in {t.get_text() for t in figure.legends[0].get_texts()}
     figure = sweep_figures.drawn(compared({"hybrid": [1.0, 1.12, 1.18], "mezo": [1.3, 1.4, 1.5]}))
     assert list(figure) == ["methods-a-100-steps"]
 
