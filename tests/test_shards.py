@@ -170,13 +170,13 @@ def test_what_a_sharded_model_cannot_have_is_refused(tmp_path: Path) -> None:
         assert [w in t for w, t in zip(wanted, told, strict=True)] == [True] * len(wanted), told
 
 
-def probed(ranks: Ranks) -> dict[str, Any]:
+def probed(ranks: Ranks, engine: str = "auto") -> dict[str, Any]:
     model = model_of(ranks)
     ids = tokens(6, 8)["x"]
     batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}]
     before = checksum([shards.local(p) for p in model.parameters()])
     few = {"points": 2, "secants": 2, "run_steps": 2, "directions": 4, "max_steps": 12, "max_vectors": 8}
-    report = probe_smoothness(model, batches, micro_batch=2, engine="auto", **few)
+    report = probe_smoothness(model, batches, micro_batch=2, engine=engine, **few)
     assert checksum([shards.local(p) for p in model.parameters()]) == before
     points = [[p.loss, p.grad_norm, p.blocks["base"].lam_max.value] for p in report.points]
     traces = [[p.blocks["base"].trace.value, p.blocks["base"].trace.stderr] for p in report.points]
@@ -185,12 +185,13 @@ def probed(ranks: Ranks) -> dict[str, Any]:
 
 
 def test_the_probe_measures_a_sharded_model(tmp_path: Path) -> None:
-    alone = probed(ALONE)
+    exact, alone = probed(ALONE), probed(ALONE, "difference")
     one, two = together(2, tmp_path / "run", probed)
-    assert one == two and (one["engine"], alone["engine"]) == ("difference", "exact")
+    assert one == two and (one["engine"], exact["engine"]) == ("difference", "exact")
     assert one["sha256"] == alone["sha256"]
-    np.testing.assert_allclose(one["points"][0], alone["points"][0], rtol=1e-3)
-    # The engines spend their trace vectors differently, and what a run reaches follows from what its first point recommends.
-    np.testing.assert_allclose(one["points"], alone["points"], rtol=2e-2)
-    for (value, stderr), (other, its) in zip(one["traces"], alone["traces"], strict=True):
-        assert abs(value - other) <= 4 * math.hypot(stderr, its)
+    np.testing.assert_allclose(one["points"], alone["points"], rtol=1e-6)
+    np.testing.assert_allclose(one["traces"], alone["traces"], rtol=1e-5)
+    # At the second point the engines' runs are apart: the rates follow from traces that they sample with other vectors.
+    np.testing.assert_allclose(one["points"][0], exact["points"][0], rtol=1e-3)
+    (value, stderr), (other, its) = one["traces"][0], exact["traces"][0]
+    assert abs(value - other) <= 3 * math.hypot(stderr, its)
