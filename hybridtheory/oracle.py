@@ -32,9 +32,8 @@ Batch = Any
 Blocks = Block | Sequence[Block] | None
 T = TypeVar("T")
 ENGINES = ("exact", "difference", "forward")
-_Product = Callable[
-    [Tensors, list[int], list[Tensor]], Tensors
-]  # (tangents, their slots, tensors wanted) -> H v on those
+# (tangents, their slots, tensors wanted, whether another product follows) -> H v on those
+_Product = Callable[[Tensors, list[int], list[Tensor], bool], Tensors]
 
 # Vectors as large as the blocks that a product holds at once: the sum so far, the part of one micro-batch, what autograd adds up, and
 # the one that Lanczos keeps from the step before.
@@ -337,7 +336,9 @@ class Products:
             memory.make_room(VECTORS * self._vector, self.oracle.device, self.oracle.memory_limit)
             try:
                 product = self._product(i)
-                results = [product(v, rows, wanted) for v in vectors]
+                # A graph that nobody will ask again is given up piece by piece on the way back through it.
+                last = None if i in self._kept else len(vectors) - 1
+                results = [product(v, rows, wanted, k != last) for k, v in enumerate(vectors)]
             except (RuntimeError, MemoryError) as error:
                 self._kept.clear()  # other micro-batches' graphs may be what is in the way; from now on none is kept
                 self._keep = False
@@ -361,11 +362,12 @@ class Products:
         product = build(self.oracle, self.oracle.batches[i], self._tensors)
         self.oracle.calls["graph"] += 1
         if self._keep:
-            # Room for what a product holds beside the graphs, and for the next graph, kept or not. What building this one took
-            # includes its gradients, whose memory is used again.
+            # Room for what a product holds beside the graphs, for the next graph, kept or not, and for what going back through it
+            # takes: half of the graph on SmolLM2 and 420 tokens, at most as much. (What building this one took beyond the graph is
+            # free again.)
             room = VECTORS * self._vector
             if i + 1 < len(self.oracle.batches):
-                room += max(memory.used(self.oracle.device) - before - self._vector, 0)
+                room += 2 * max(memory.used(self.oracle.device) - before, 0)
             self._keep = memory.free(self.oracle.device, self.oracle.memory_limit) >= room
         if self._keep:
             self._kept[i] = product
@@ -380,9 +382,9 @@ def _hessian(oracle: Oracle, batch: Batch, tensors: list[Tensor]) -> _Product:
     dtypes = [None if g is None else g.dtype for g in grads]
     del grads
 
-    def product(v: Tensors, rows: list[int], wanted: list[Tensor]) -> Tensors:
+    def product(v: Tensors, rows: list[int], wanted: list[Tensor], again: bool) -> Tensors:
         live = [(e, x.to(dtypes[r])) for r, x in zip(rows, v, strict=True) if (e := edges[r]) is not None]
-        return _pullback([e for e, _ in live], wanted, [x for _, x in live])
+        return _pullback([e for e, _ in live], wanted, [x for _, x in live], again)
 
     return product
 
@@ -397,23 +399,27 @@ def _gauss_newton(oracle: Oracle, batch: Batch, tensors: list[Tensor]) -> _Produ
     u = torch.zeros_like(z, requires_grad=True)
     jtu = torch.autograd.grad(z, tensors, u, create_graph=True, allow_unused=True)
 
-    def product(v: Tensors, rows: list[int], wanted: list[Tensor]) -> Tensors:
+    def product(v: Tensors, rows: list[int], wanted: list[Tensor], again: bool) -> Tensors:
         live = [(jtu[r], x) for r, x in zip(rows, v, strict=True) if jtu[r] is not None and jtu[r].requires_grad]
         jv = _pullback([j for j, _ in live], [u], [x.to(j.dtype) for j, x in live])
-        return _pullback([z], wanted, _pullback([dz], [leaf], jv))
+        return _pullback([z], wanted, _pullback([dz], [leaf], jv), again)
 
     return product
 
 
 def _pullback(
-    outputs: Sequence[Tensor] | Sequence[GradientEdge], inputs: list[Tensor], tangents: Sequence[Tensor]
+    outputs: Sequence[Tensor] | Sequence[GradientEdge],
+    inputs: list[Tensor],
+    tangents: Sequence[Tensor],
+    again: bool = True,
 ) -> Tensors:
-    """sum_i tangent_i' d output_i / d inputs, the graph kept for the next product."""
+    """sum_i tangent_i' d output_i / d inputs; the graph is kept for another one where ``again`` says so."""
     if not outputs:
         return zeros(inputs)
-    return list(
-        torch.autograd.grad(outputs, inputs, tangents, retain_graph=True, allow_unused=True, materialize_grads=True)
+    found = torch.autograd.grad(
+        outputs, inputs, tangents, retain_graph=again, allow_unused=True, materialize_grads=True
     )
+    return list(found)
 
 
 def _listed(blocks: Blocks) -> list[Block]:

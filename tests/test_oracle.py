@@ -142,6 +142,27 @@ def test_as_many_graphs_are_kept_as_fit(monkeypatch: pytest.MonkeyPatch) -> None
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
+@pytest.mark.parametrize("curvature", ["hessian", "ggn"])
+def test_a_graph_that_is_not_kept_is_given_up_on_the_way_back(monkeypatch: pytest.MonkeyPatch, curvature: str) -> None:
+    """Its last vector frees it piece by piece; vectors before the last one find it whole."""
+    oracle, blocks = language_oracle(rows=1)
+    oracle = Oracle(oracle.model, NextToken(), oracle.batches, blocks, curvature=curvature, memory_limit=1)
+    made = []
+    build = Products._product
+    monkeypatch.setattr(Products, "_product", lambda self, i: made.append(build(self, i)) or made[-1])
+    vectors = [[torch.randn_like(t) for t in blocks[1].tensors] for _ in range(2)]
+    with oracle.products() as hess:
+        together = hess.many(vectors, blocks[1])
+        alone = [hess(v, blocks[1]) for v in vectors]
+    assert len(made) == 3 * len(oracle.batches)
+    for a, b in zip(together, alone, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    slots = [hess._slot[id(t)] for t in blocks[1].tensors]
+    for product in made:
+        with pytest.raises(RuntimeError, match="second time"):
+            product(vectors[0], slots, blocks[1].tensors, False)
+
+
 class _Short(NextToken):
     """Memory for ``rows`` rows at a time."""
 
