@@ -19,7 +19,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -30,7 +29,7 @@ from torch import Tensor, nn
 
 from hybridtheory.blocks import Block
 from hybridtheory.errors import UserError
-from hybridtheory.oracle import Products
+from hybridtheory.oracle import Product, Products
 from hybridtheory.oracle import _requires_grad as requires_grad
 from hybridtheory.shards import is_sharded
 from hybridtheory.vectors import Tensors, add_, clone, dot, norm, scale_
@@ -84,8 +83,11 @@ class Differences(Products):
         # thousandths of the weights along the sharpest directions of small models. Only a start: `form` moves it.
         self.share = 3e-3 * self.precision**0.2
 
-    def _product(self, i: int) -> partial[Tensors]:  # type: ignore[override]
-        return partial(self._difference, i)
+    def _product(self, i: int) -> Product:
+        def product(v: Tensors, rows: list[int], wanted: list[Tensor], again: bool) -> Tensors:
+            return self._difference(i, v, rows, wanted)
+
+        return product
 
     def _difference(self, i: int, v: Tensors, rows: list[int], wanted: list[Tensor]) -> Tensors:
         return self._quotient(i, v, rows, wanted, self.share / self.relative(v, rows))

@@ -33,7 +33,7 @@ Blocks = Block | Sequence[Block] | None
 T = TypeVar("T")
 ENGINES = ("exact", "difference", "forward")
 # (tangents, their slots, tensors wanted, whether another product follows) -> H v on those
-_Product = Callable[[Tensors, list[int], list[Tensor], bool], Tensors]
+Product = Callable[[Tensors, list[int], list[Tensor], bool], Tensors]
 
 # Vectors as large as the blocks that a product holds at once: the sum so far, the part of one micro-batch, what autograd adds up, and
 # the one that Lanczos keeps from the step before.
@@ -305,7 +305,7 @@ class Products:
         self.oracle, self.blocks = oracle, list(blocks)
         self._tensors = [t for b in self.blocks for t in b.tensors]
         self._slot = {id(t): i for i, t in enumerate(self._tensors)}
-        self._kept: dict[int, _Product] = {}
+        self._kept: dict[int, Product] = {}
         self._keep = True  # until a graph would leave too little room
         self._vector = sum(t.numel() * t.element_size() for t in self._tensors)
 
@@ -354,7 +354,7 @@ class Products:
         self._kept.clear()
         memory.give_back()
 
-    def _product(self, i: int) -> _Product:
+    def _product(self, i: int) -> Product:
         if i in self._kept:
             return self._kept[i]
         before = memory.used(self.oracle.device)
@@ -374,7 +374,7 @@ class Products:
         return product
 
 
-def _hessian(oracle: Oracle, batch: Batch, tensors: list[Tensor]) -> _Product:
+def _hessian(oracle: Oracle, batch: Batch, tensors: list[Tensor]) -> Product:
     grads = torch.autograd.grad(oracle.loss(batch) / oracle.total_weight, tensors, create_graph=True, allow_unused=True)
     # Only the places in the graph are kept, not the gradients that stand there: they are as large as the model, once a micro-batch.
     # A tensor whose gradient is constant (or absent) has no graph to go back through: its rows of H are zero.
@@ -389,7 +389,7 @@ def _hessian(oracle: Oracle, batch: Batch, tensors: list[Tensor]) -> _Product:
     return product
 
 
-def _gauss_newton(oracle: Oracle, batch: Batch, tensors: list[Tensor]) -> _Product:
+def _gauss_newton(oracle: Oracle, batch: Batch, tensors: list[Tensor]) -> Product:
     """J' (d2 loss / d outputs2) J: the Hessian without the outputs' own curvature; positive semi-definite for convex losses."""
     with sdpa_kernel(SDPBackend.MATH):
         z = oracle.objective.forward(oracle.model, batch)
