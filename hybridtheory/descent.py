@@ -33,7 +33,7 @@ from hybridtheory.vectors import Tensors, add_, dot, scale
 
 # Fractions of the step at which other directions are looked at; none is a fraction that is predicted.
 FITTED_AT = (0.25, 0.5, 0.9)
-PILOT, LEAST_OTHER = 12, 16
+PILOT, ROUNDS, LEAST_OTHER = 8, 3, 16
 # A displacement at which curvature moves the loss by nothing (tr H/2 times its square).
 TINY = 1e-7
 
@@ -308,37 +308,41 @@ class _Probe:
     def _stages(
         self, purpose: str, factors: list[float], peft: list[float], precision: float, most: int
     ) -> tuple[list[Mean], list[Mean]]:
-        """Per factor: mean change of the base alone, and what moving PEFT too adds to base and PEFT. A pilot sets the numbers."""
-        first = range(min(PILOT, most))
-        (h, z), (extra, _) = self._samples(purpose, factors, peft, first, first)
-        columns, joint = [list(c) for c in h.T], [list(c) for c in extra.T]
-        aim = 0.85 * precision  # a pilot's standard error is itself uncertain
-        wanted = [directions_needed(mean_change(c, z), aim, most) for c in columns]
-        total = [m.value + p for m, p in zip([mean_change(c, z) for c in columns], peft, strict=True)]
-        wanted_joint = [0] * len(factors)
-        if self.peft is not None:
-            for i, c in enumerate(joint):
-                m = mean_change(c, z)
-                # The joint mean is judged against the joint change, and half of its error budget is the base's.
-                wanted_joint[i] = directions_needed(Mean(0.7 * (total[i] + m.value), m.stderr, m.n), aim, most)
-        slopes = [list(z) for _ in factors]
-        slopes_joint = [list(z) for _ in factors]
-        for j in range(len(first), max(wanted + wanted_joint)):
-            needed = [i for i in range(len(factors)) if j < max(wanted[i], wanted_joint[i])]
-            both = range(j, j + 1) if any(j < wanted_joint[i] for i in needed) else range(0)
-            (row, z_j), (more, _) = self._samples(
-                purpose, [factors[i] for i in needed], [peft[i] for i in needed], range(j, j + 1), both
-            )
-            for place, i in enumerate(needed):
-                columns[i].append(row[0, place])
-                slopes[i].append(z_j[0])
-                if len(more) and j < wanted_joint[i]:
-                    joint[i].append(more[0, place])
-                    slopes_joint[i].append(z_j[0])
-        alone = [mean_change(c, s) for c, s in zip(columns, slopes, strict=True)]
-        if self.peft is None:
-            return alone, [Mean(0.0, 0.0, m.n) for m in alone]
-        return alone, [mean_change(c, s) for c, s in zip(joint, slopes_joint, strict=True)]
+        """Per factor: mean change of the base alone, and what moving PEFT too adds to base and PEFT. A pilot sets how many directions
+        each takes; where its spread was small by chance, another round takes what is missing."""
+        every = range(len(factors))
+        alone: list[list[tuple[float, float]]] = [[] for _ in every]  # per factor: (h, z) of direction 0, 1, ...
+        joint: list[list[tuple[float, float]]] = [[] for _ in every]
+        wanted = [min(PILOT, most)] * len(factors)
+        wanted_joint = list(wanted) if self.peft is not None else [0] * len(factors)
+        aim = 0.85 * precision  # a standard error is itself uncertain
+        for _ in range(ROUNDS):
+            for j in range(max(wanted + wanted_joint)):
+                add_joint = {i for i in every if len(joint[i]) <= j < wanted_joint[i]}
+                needed = [i for i in every if i in add_joint or len(alone[i]) <= j < wanted[i]]
+                if not needed:
+                    continue
+                both = range(j, j + 1) if add_joint else range(0)
+                (row, z), (more, _) = self._samples(
+                    purpose, [factors[i] for i in needed], [peft[i] for i in needed], range(j, j + 1), both
+                )
+                for place, i in enumerate(needed):
+                    if len(alone[i]) == j:
+                        alone[i].append((row[0, place], z[0]))
+                    if i in add_joint:
+                        joint[i].append((more[0, place], z[0]))
+            own = [mean_change(*zip(*c, strict=True)) for c in alone]
+            wanted = [directions_needed(m, aim, most) for m in own]
+            if self.peft is None:
+                added = [Mean(0.0, 0.0, m.n) for m in own]
+                continue
+            added = [mean_change(*zip(*c, strict=True)) for c in joint]
+            # The joint mean is judged against the joint change, and half of its error budget is the base's.
+            wanted_joint = [
+                directions_needed(Mean(0.7 * (m.value + p + a.value), a.stderr, a.n), aim, most)
+                for m, p, a in zip(own, peft, added, strict=True)
+            ]
+        return own, added
 
     def _samples(
         self, purpose: str, factors: Sequence[float], peft: Sequence[float], alone: range, both: range

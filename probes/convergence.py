@@ -198,8 +198,8 @@ def _rates(
         return given, s.rates_from or "given", None, spent
     planned = s.batch_size or NOISELESS
     short = points.Settings(
-        points=2, secants=1, run_steps=s.probe_steps, directions=10, batch_size=planned, steps=s.steps, mu=s.mu, q=s.q, seed=s.seed,
-        micro_batch=s.micro_batch, curvature=s.curvature, max_vectors=16, max_steps=40, max_memory=s.max_memory,
+        points=2, secants=1, run_steps=s.probe_steps, directions=8, batch_size=planned, steps=s.steps, mu=s.mu, q=s.q, seed=s.seed,
+        micro_batch=s.micro_batch, curvature=s.curvature, max_vectors=16, max_steps=40, max_memory=s.max_memory, margin=False,
     )  # fmt: skip
     first: Point | None = None
     found = recommended
@@ -234,10 +234,10 @@ def _point(
 ) -> tuple[Point, Local | None, list[StepChange], float]:
     """Constants here, what one step does, and ‖H_xy‖_F²."""
     s = probe.settings
-    # The curvature only: displacements and the finite-scale rule are measured better below.
+    # No bound asks for the margin, and what steps do at their own scale is measured better below.
     wanted = points.Settings(
         points=1, directions=4, batch_size=probe.rows, mu=s.mu, q=s.q, seed=s.seed, curvature=s.curvature, max_vectors=16, max_steps=40,
-        max_memory=s.max_memory,
+        max_memory=s.max_memory, scales=False, margin=False,
     )  # fmt: skip
     found = known or points.measure(probe.oracle, probe.groups, probe.groups, wanted, probe.rows, index, step)
     cross = _cross_sq(probe, index)

@@ -43,6 +43,8 @@ class Settings:
     end_tol, trace_tol  relative errors at which eigenvalues and traces stop
     max_steps, max_vectors  caps on Lanczos steps and on Hutchinson vectors
     engine       exact, difference, forward, or auto: the first of them that serves the model
+    scales       measure what the loss does at the scale of a step too: phi and the finite-scale rule
+    margin       measure the joint margin too
     """
 
     blocks: str = "group"
@@ -64,6 +66,8 @@ class Settings:
     failure: float = 0.025
     max_memory: int | None = None
     engine: str = "exact"
+    scales: bool = True
+    margin: bool = True
 
     def __post_init__(self) -> None:
         for name in (
@@ -169,7 +173,7 @@ def measure(
                 max_steps=settings.max_steps,
             )
             limits = coupled(Point(index, step, pass_.loss, 0.0, made, coupling))
-            if limits is not None and all(L > 0 for L in limits.values()):
+            if settings.margin and limits is not None and all(L > 0 for L in limits.values()):
                 run = curvature.margin(
                     hess,
                     limits,
@@ -182,7 +186,7 @@ def measure(
                 )
                 margin = run.lam_max
     scales: dict[str, Any] = {"phi": {}, "finite_scale": {}}
-    for group in groups:
+    for group in groups if settings.scales else ():
         phi, finite = at_finite_scale(
             oracle, group, made[group.name], pass_.loss, gradients.get(group.name, []), settings, rows, index
         )

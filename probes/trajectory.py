@@ -20,7 +20,9 @@ from probes.records_convergence import Trajectory
 
 @dataclass
 class Here:
-    """A full pass over the rows at the current weights: f, and per group ‖g‖², g and σ² = (1/n) Σ ‖∇f_i - ∇f‖² over micro-batches."""
+    """A full pass over the rows at the current weights: f, and per group ‖g‖², g and σ² = (1/n) Σ ‖∇f_i - ∇f‖² over micro-batches,
+    where f = (1/n) Σ f_i: a micro-batch that holds more of the weight has the larger f_i.
+    """
 
     loss: float
     squares: dict[str, float]
@@ -33,7 +35,7 @@ class Here:
         spread = [0.0] * len(groups)
         own: list[list[float]] = []
         for share, value, parts in oracle.gradients(*groups):
-            own.append([share * value, *(dot(p, p) / share for p in parts)])
+            own.append([share * value, *(dot(p, p) * len(oracle.batches) for p in parts)])
             total = [add_(t, p) if t else p for t, p in zip(total, parts, strict=True)]
         total = [oracle.ranks.add_(t) for t in total]
         for part, *squared in oracle.ranks.join(own, len(oracle.batches)):
@@ -119,15 +121,15 @@ class Walker:
             self.turned[block.group].append(dot(turn, turn))
 
     def _closure(self, rows: list[int] | None) -> Callable[..., Tensor]:
-        """Mean loss over micro-batches `rows` (None: all). Minibatches of a finite sum weigh alike, whatever they hold."""
+        """f (`rows` None), or the sum of f_i over micro-batches `rows`, where f = (1/n) Σ f_i: drawn alike, they are unbiased for f."""
         oracle = self.oracle
-        picked = [(b, oracle.total_weight) for i, b in enumerate(oracle.batches) if oracle.ranks.mine(i)]
-        if rows is not None:
-            picked = [(oracle.batches[i], oracle.weights[i]) for i in rows if oracle.ranks.mine(i)]
+        n = len(oracle.batches)
+        weight = oracle.total_weight if rows is None else oracle.total_weight / n
+        picked = [oracle.batches[i] for i in (range(n) if rows is None else rows) if oracle.ranks.mine(i)]
 
         def closure(backward: bool = False) -> Tensor | None:
             total = None
-            for batch, weight in picked:
+            for batch in picked:
                 loss = oracle.loss(batch) / weight
                 if backward:
                     loss.backward()

@@ -22,7 +22,8 @@ from probes.given import given
 from probes.jsonl import decode, encode, plain
 from probes.records import Cost, End, Header, Point, Record, Warning
 from probes.records_convergence import Checked, Constants, Descent, Exponent, Trajectory
-from tests.toys import Quadratic, language_model, spectrum_matrix, tokens, with_lora
+from probes.trajectory import Here, Walker
+from tests.toys import Quadratic, language_model, language_oracle, spectrum_matrix, tokens, with_lora
 
 SMALL: dict[str, Any] = {"steps": 10, "runs": 2, "points": 2, "most": 150, "probe_steps": 4}
 
@@ -150,6 +151,27 @@ def test_minibatches_are_a_finite_sum() -> None:
     assert max(of(records, Trajectory)[0].noise["base"]) <= 1e-12 * of(records, Trajectory)[0].grad_sq["base"][0]
     a0 = next(r for r in of(records, Checked) if r.name == "A0")
     assert a0.holds is None and "independently" in a0.note
+
+
+def test_minibatches_of_unlike_weight_are_unbiased_for_the_loss() -> None:
+    """f = (1/n) Σ f_i holds whatever a minibatch holds: here of 4 and of 1 rows of five."""
+    oracle, blocks = language_oracle(rows=4)
+    assert len({*oracle.weights}) == 2
+    for tensor in (p for b in blocks for p in b.tensors):
+        tensor.requires_grad_()
+    walker = Walker(oracle, blocks, optimizer=None, run=0, seed=0)  # type: ignore[arg-type]
+    n, gradients = len(oracle.batches), []
+    for i in range(n):
+        oracle.model.zero_grad(set_to_none=True)
+        walker._closure([i])(backward=True)
+        gradients.append([p.grad.clone() for b in blocks for p in b.tensors])  # type: ignore[union-attr]
+    oracle.model.zero_grad(set_to_none=True)
+    here = Here.of(oracle, blocks)
+    whole = [t for b in blocks for t in here.gradients[b.group]]
+    mean = [sum(g[k] for g in gradients) / n for k in range(len(whole))]
+    torch.testing.assert_close(mean, whole)
+    spread = sum(float((t - m).square().sum()) for g in gradients for t, m in zip(g, whole, strict=True)) / n
+    assert sum(here.noise.values()) == pytest.approx(spread, rel=1e-9)
 
 
 def test_language_model_recommended_rates(language: list[Record]) -> None:

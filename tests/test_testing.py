@@ -299,6 +299,28 @@ def test_a_failing_hypothesis_decides_nothing_and_is_named_with_its_size() -> No
     assert "L of single minibatches" in hold(replace(e, n=4, sampling="reshuffle"), "D")[0].note
 
 
+def test_theorem_d_averages_over_the_starts_of_whole_epochs() -> None:
+    """Steps inside an epoch and a last epoch that was cut short say nothing about D: neither the gradients nor the noise there count."""
+    e = replace(simulated(theorem="D", steps=60), n=6, sampling="reshuffle", eta_x=1e-4, eta_y=1e-4)
+    start = np.zeros(62, dtype=bool)
+    start[:60:6] = True
+
+    def spread(values: np.ndarray, other: float) -> np.ndarray:
+        out = np.full((40, 62), other)
+        out[:, start] = values[:, :60:6]
+        return out
+
+    more = replace(
+        e, loss=spread(e.loss, 0.0), gx_sq=spread(e.gx_sq, 9.0), gy_sq=spread(e.gy_sq, 9.0), slope_sq=None,
+        sigma_x_sq=spread(e.gx_sq, 7.0), sigma_y_sq=spread(e.gy_sq, 7.0),
+    )  # fmt: skip
+    noise = replace(e, sigma_x_sq=e.gx_sq, sigma_y_sq=e.gy_sq)
+    (found,), (wanted,) = hold(more, "D"), hold(noise, "D")
+    assert found.bound is not None and (found.measured, found.bound) == pytest.approx((wanted.measured, wanted.bound))
+    assert found.bound > hold(e, "D")[0].bound  # type: ignore[operator]
+    assert "whole epochs of 61 steps, the run has 60" in hold(replace(e, n=61), "D")[0].note
+
+
 def test_coupling_is_split_where_the_rates_have_most_room() -> None:
     """diag(M_x, L_y I) >= H for the M_x behind the split, on a coupled quadratic."""
     from hybridtheory.theory.held import split

@@ -106,10 +106,16 @@ class Evidence:
     def steps(self) -> int:
         return int(self.gx_sq.shape[1])
 
-    def averaged(self, c_x: float, c_y: float, every: int = 1, x: Array | None = None) -> tuple[float, float]:
+    def at(self, theorem: str) -> slice:
+        """The steps that its average is over: D's are the starts of whole epochs."""
+        if theorem == "D" and self.sampling == "reshuffle":
+            return slice(0, self.steps // self.n * self.n, self.n)
+        return slice(None)
+
+    def averaged(self, c_x: float, c_y: float, at: slice = slice(None), x: Array | None = None) -> tuple[float, float]:
         """Mean over runs of (1/T) Σ_t c_x‖g_x‖² + c_y‖g_y‖², and its standard error over runs (0 for a single one)."""
         with np.errstate(over="ignore"):  # of a run that diverged: infinity is its average
-            per_run = (c_x * (self.gx_sq if x is None else x) + c_y * self.gy_sq)[:, ::every].mean(1)
+            per_run = (c_x * (self.gx_sq if x is None else x) + c_y * self.gy_sq)[:, at].mean(1)
         if per_run.size < 2 or not np.isfinite(per_run).all():
             return float(per_run.mean()), 0.0
         return float(per_run.mean()), float(per_run.std(ddof=1)) / math.sqrt(per_run.size)
@@ -131,7 +137,7 @@ def hold(e: Evidence, theorem: str) -> list[Check]:
     found = []
     for bound in bounds:
         x = e.slope_sq if "D_t" in bound.quantity else None
-        measured, stderr = e.averaged(*bound.weights, e.n if theorem == "D" and e.sampling == "reshuffle" else 1, x)
+        measured, stderr = e.averaged(*bound.weights, e.at(theorem), x)
         check = check_bound(f"{bound.theorem}: {bound.quantity}", measured, bound.value, stderr, tested)
         if x is not None:  # it holds on every run, not on average
             worst = float((bound.weights[0] * x + bound.weights[1] * e.gy_sq).mean(1).max())
@@ -210,7 +216,10 @@ def _common(e: Evidence, theorem: str) -> tuple[Hypothesis, ...]:
 
 
 def _bounds(e: Evidence, theorem: str) -> list[Bound]:
-    sx, sy = (float(s.mean(1).max()) for s in (e.sigma_x_sq, e.sigma_y_sq))  # averages over the run suffice
+    if theorem == "D" and e.steps < e.n:
+        raise UserError(f"Theorem D speaks of whole epochs of {e.n} steps, the run has {e.steps}: run more steps")
+    # averages over the steps that the theorem speaks of suffice
+    sx, sy = (float(s[:, e.at(theorem)].mean(1).max()) for s in (e.sigma_x_sq, e.sigma_y_sq))
     # A block that does not move puts no condition on its constant: any positive number does.
     L_x, L_y = (L if eta > 0 else 1.0 for L, eta in ((e.L_x, e.eta_x), (e.L_y, e.eta_y)))
     shared = (e.eta_x, e.eta_y, L_x, L_y)
@@ -220,10 +229,7 @@ def _bounds(e: Evidence, theorem: str) -> list[Bound]:
     if theorem == "A":
         return [convergence.theorem_a(*shared, e.d, e.Delta, e.steps, sx, sy, e.mu, L_x)]
     if theorem == "D":
-        epochs = e.steps // e.n
-        if epochs < 1:
-            raise UserError(f"Theorem D speaks of whole epochs of {e.n} steps, the run has {e.steps}: run more steps")
-        return [convergence.theorem_d(*shared, e.d, e.n, e.Delta, epochs, sx, sy)]
+        return [convergence.theorem_d(*shared, e.d, e.n, e.Delta, e.steps // e.n, sx, sy)]
     bound = _theorem_c(e)
     return [b for b in (bound.sure, bound.expected) if b is bound.expected or e.slope_sq is not None]
 
