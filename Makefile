@@ -68,9 +68,10 @@ bench: $(VENV)/.core  ## speed and memory beside the public tools, which get an 
 	$(BIN)/python benchmarks/step_speed.py
 	$(BIN)/python benchmarks/hybrid_cost.py
 
-figures: $(VENV)/.core  ## the papers' figures and docs/questions.md from committed records
+figures: $(VENV)/.core  ## the papers' figures, docs/questions.md and what theorems do on models, from committed records
 	$(BIN)/python -m paper_figs
 	$(BIN)/python -m paper_figs.questions
+	$(BIN)/python -m paper_figs.theorems
 
 records: $(VENV)/.core  ## recompute the small committed records; says where a number changed
 	OMP_NUM_THREADS=1 $(BIN)/python studies/records.py

@@ -58,20 +58,31 @@ def far(c: Compared | None) -> str:
     return f"**{z:+.1f}**" if abs(z) > FAR else f"{z:+.1f}"
 
 
+def tested(found: Sequence[Estimator]) -> int:
+    """How many measured numbers have a closed form beside them."""
+    return sum(deviation(c) is not None for e in found for c in {**e.quantities, **e.bias}.values())
+
+
+def far_off(found: Sequence[Estimator]) -> list[str]:
+    """Those that differ from their closed form by more than FAR standard errors."""
+    return [
+        f"{n} of {e.law} on {e.block}"
+        for e in found
+        for n, c in {**e.quantities, **e.bias}.items()
+        if abs(deviation(c) or 0.0) > FAR
+    ]
+
+
 def opening(report: Report) -> list[str]:
     head = report.header
     found = report.all(Estimator)
     laws = len({e.law for e in found})
-    far_off = [
-        (e, n, c) for e in found for n, c in {**e.quantities, **e.bias}.items() if abs(deviation(c) or 0.0) > FAR
-    ]
-    tested = sum(deviation(c) is not None for e in found for c in {**e.quantities, **e.bias}.values())
+    far = far_off(found)
     verdict = (
-        f"{tested} measured numbers have a closed form; all agree with it within {FAR:g} standard errors."
-        if not far_off
-        else f"{tested} measured numbers have a closed form; {len(far_off)} differ from it by more than {FAR:g} standard errors: "
-        + ", ".join(f"{n} of {e.law} on {e.block}" for e, n, _ in far_off[:5])
-        + "."
+        f"{tested(found)} measured numbers have a closed form; all agree with it within {FAR:g} standard errors."
+        if not far
+        else f"{tested(found)} measured numbers have a closed form; {len(far)} differ from it by more than {FAR:g} standard errors: "
+        f"{', '.join(far[:5])}."
     )
     return [
         f"# Zeroth-order estimators of the gradient of `{head.model.name}` on `{head.data.name}`",
