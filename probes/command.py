@@ -277,7 +277,9 @@ def one_sentence(console: Console) -> Iterator[None]:
         tell(console, "interrupted", error)
         raise typer.Exit(130) from None
     except Exception as error:
-        if not out_of_memory(error):
+        from hybridtheory import memory  # torch: --help does not wait for it
+
+        if not memory.exhausted(error):
             for note in getattr(error, "__notes__", []):
                 console.print(Text(note))
             raise
@@ -300,12 +302,3 @@ def tell(console: Console, sentence: str, error: BaseException) -> None:
         console.print(Text(note), soft_wrap=True)
     if isinstance(error, KeyboardInterrupt) and not getattr(error, "__notes__", []):
         console.print(Text("nothing was measured yet, so nothing was written"), soft_wrap=True)
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """torch on CUDA, Python itself, and torch on the CPU (a RuntimeError that says so)."""
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or "can't allocate memory" in str(error)
-    )
