@@ -33,7 +33,7 @@ from hybridtheory.vectors import Tensors, add_, dot, scale
 
 # Fractions of the step at which other directions are looked at; none is a fraction that is predicted.
 FITTED_AT = (0.25, 0.5, 0.9)
-PILOT, ROUNDS, LEAST_OTHER = 8, 3, 16
+PILOT, ROUNDS, LEAST_OTHER = 12, 3, 16
 # A displacement at which curvature moves the loss by nothing (tr H/2 times its square).
 TINY = 1e-7
 
@@ -264,13 +264,13 @@ class _Probe:
             measured["base"] = alone
             # Enough other directions that their error stays within a few percent of the largest step too.
             other = max(LEAST_OTHER, max(m.n for m in alone) // 2)
-            own, extra = self._samples("fitted", FITTED_AT, peft_fit, range(other), range(other))
-            z_sq = np.square(own[1])
+            # What moving both adds is small beside the base's own change: half of them are enough for it, here and in the pilot.
+            own, extra = self._samples("fitted", FITTED_AT, peft_fit, range(other), range(other // 2))
             start_x = -self.eta_x * local.gx_sq
-            fitted["base"] = fitted_changes(FITTED_AT, own[0] / z_sq[:, None], start_x, factors)
+            fitted["base"] = fitted_changes(FITTED_AT, own[0] / np.square(own[1])[:, None], start_x, factors)
             if self.peft is not None:
                 measured["both"] = [a + j + Mean(p, 0.0, 1) for a, j, p in zip(alone, joint, peft, strict=True)]
-                cross = fitted_changes(FITTED_AT, extra[0] / z_sq[:, None], 0.0, factors)
+                cross = fitted_changes(FITTED_AT, extra[0] / np.square(extra[1])[:, None], 0.0, factors)
                 fitted["both"] = [a + b + c for a, b, c in zip(fitted["base"], fitted["peft"], cross, strict=True)]
         # The samples' scatter holds the rounding of each loss; what is left of f(w)'s own moves all of them alike.
         for table in (measured, fitted):
@@ -314,7 +314,7 @@ class _Probe:
         alone: list[list[tuple[float, float]]] = [[] for _ in every]  # per factor: (h, z) of direction 0, 1, ...
         joint: list[list[tuple[float, float]]] = [[] for _ in every]
         wanted = [min(PILOT, most)] * len(factors)
-        wanted_joint = list(wanted) if self.peft is not None else [0] * len(factors)
+        wanted_joint = [min(PILOT // 2, most) if self.peft is not None else 0] * len(factors)
         aim = 0.85 * precision  # a standard error is itself uncertain
         for _ in range(ROUNDS):
             for j in range(max(wanted + wanted_joint)):

@@ -33,9 +33,19 @@ COMMANDS = {
         "--max-memory 8GiB",
         small=False,
     ),
+    "smoothness-smollm2-boolq": Made(
+        "probe-smoothness smollm2 --data boolq --rows 8 --max-length 256 --micro-batch 2 --points 1 --secants 10 --run-steps 10 "
+        "--directions 6 --trace-tol 0.3 --max-memory 8GiB",
+        small=False,
+    ),
     "estimators-smollm2": Made("probe-estimators smollm2 --data sst2", small=False),
     "estimators-embedded": Made("probe-estimators"),
     "convergence-embedded": Made("probe-convergence"),
+    "bounds-embedded": Made("probe-convergence --lr-base 4e-5 --lr-peft 1e-3"),
+    "convergence-smollm2": Made(
+        "probe-convergence smollm2 --data sst2 --rows 8 --rates docs/reports/smoothness-smollm2-sst2/trainer.toml --max-memory 8GiB",
+        small=False,
+    ),
     "methods-embedded": Made("hybrid-sweep studies/small/methods.toml"),
     "queries-embedded": Made("hybrid-sweep studies/small/queries.toml"),
     "refresh-embedded": Made("hybrid-sweep studies/small/refresh.toml"),
