@@ -34,6 +34,7 @@ from hybridtheory.vectors import Tensors, add_, dot, scale
 # Fractions of the step at which other directions are looked at; none is a fraction that is predicted.
 FITTED_AT = (0.25, 0.5, 0.9)
 PILOT, ROUNDS, LEAST_OTHER = 12, 3, 16
+AIM = 0.85  # of the error asked for: a standard error is itself uncertain
 # A displacement at which curvature moves the loss by nothing (tr H/2 times its square).
 TINY = 1e-7
 
@@ -315,7 +316,7 @@ class _Probe:
         joint: list[list[tuple[float, float]]] = [[] for _ in every]
         wanted = [min(PILOT, most)] * len(factors)
         wanted_joint = [min(PILOT // 2, most) if self.peft is not None else 0] * len(factors)
-        aim = 0.85 * precision  # a standard error is itself uncertain
+        aim = AIM * precision
         for _ in range(ROUNDS):
             for j in range(max(wanted + wanted_joint)):
                 add_joint = {i for i in every if len(joint[i]) <= j < wanted_joint[i]}
