@@ -164,6 +164,14 @@ class Oracle:
         self.calls["value"] += 1
         return total / weight
 
+    @torch.no_grad()
+    def parts(self) -> list[float]:
+        """What each micro-batch adds to f, of all processes; one evaluation."""
+        every = self._own(range(len(self.batches)))
+        own = [[loss / self.total_weight] for loss, _ in self._each(every, lambda b: float(self.loss(b).double()))]
+        self.calls["value"] += 1
+        return [part for (part,) in self.ranks.join(own, len(self.batches))]
+
     def _own(self, picked: Sequence[int]) -> list[int]:
         return [i for i in picked if self.ranks.mine(i)]
 

@@ -26,7 +26,7 @@ from hybridtheory.vectors import Tensors, add_, combined, components, dot
 # defaults, 6.2 s against 2 x 1.0 s in the commands. A constant between theirs and what shorter rows give, not a clock:
 # how many vectors are drawn must not differ between two runs.
 PRODUCT = 4.0
-FIRST = 24  # stand-ins at least
+FIRST = 24  # stand-ins that are drawn before their number is planned again
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ def _with_stand_ins(
     count = drawn.count
     beside_exact += near(len(beside_exact), count)
     # The pilot's four pairs tell the spread of the stand-ins within a factor two; a first part of them tells it better.
-    far = near(count, count + min(max(alone, FIRST), 8 * most))
+    far = near(count, count + min(FIRST, 8 * most))
     left = np.array([sum(e) - n.sum() for e, n in zip(samples, beside_exact, strict=True)])
     more = _stand_ins(np.array([f.sum() for f in far]), left, pilot, unit, tol)
     if more > len(far):

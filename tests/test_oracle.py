@@ -279,3 +279,14 @@ def test_a_process_that_really_runs_out_of_memory_gets_the_same_product() -> Non
     done = subprocess.run([sys.executable, "-c", REALLY_SHORT], capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.startswith("halved")
+
+
+def test_parts_of_the_loss_sum_to_it_and_count_as_one_evaluation() -> None:
+    oracle, _ = language_oracle(rows=2)
+    before = oracle.calls["value"]
+    parts = oracle.parts()
+    assert len(parts) == len(oracle.batches) > 1 and oracle.calls["value"] == before + 1
+    assert sum(parts) == pytest.approx(oracle.value(), rel=1e-14)
+    assert parts[-1] == pytest.approx(
+        oracle.value([len(parts) - 1]) * oracle.weights[-1] / oracle.total_weight, rel=1e-14
+    )
