@@ -99,8 +99,9 @@ def free(device: torch.device, limit: int | None = None) -> int:
 
 
 def exhausted(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out (torch's CPU allocator raises a plain RuntimeError)."""
+    """Whether an exception says that memory ran out (on the CPU torch's allocator and oneDNN raise plain RuntimeErrors)."""
     text = str(error)
+    said = ("can't allocate memory", "not enough memory", "could not create a primitive", "could not create a memory")
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and ("can't allocate memory" in text or "not enough memory" in text)
+        isinstance(error, RuntimeError) and any(s in text for s in said)
     )

@@ -290,3 +290,11 @@ def test_parts_of_the_loss_sum_to_it_and_count_as_one_evaluation() -> None:
     assert parts[-1] == pytest.approx(
         oracle.value([len(parts) - 1]) * oracle.weights[-1] / oracle.total_weight, rel=1e-14
     )
+
+
+@pytest.mark.parametrize("words", ["DefaultCPUAllocator: can't allocate memory", "could not create a primitive"])
+def test_running_out_of_memory_is_known_by_its_words(words: str) -> None:
+    from hybridtheory import memory
+
+    assert memory.exhausted(RuntimeError(words)) and not memory.exhausted(ValueError(words))
+    assert memory.exhausted(MemoryError()) and not memory.exhausted(RuntimeError("shapes cannot be multiplied"))
