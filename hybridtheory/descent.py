@@ -33,7 +33,7 @@ from hybridtheory.vectors import Tensors, add_, dot, scale
 
 # Fractions of the step at which other directions are looked at; none is a fraction that is predicted.
 FITTED_AT = (0.25, 0.5, 0.9)
-PILOT, ROUNDS, LEAST_OTHER = 12, 3, 16
+PILOT, LEAST_OTHER = 12, 16
 AIM = 0.85  # of the error asked for: a standard error is itself uncertain
 # A displacement at which curvature moves the loss by nothing (tr H/2 times its square).
 TINY = 1e-7
@@ -83,6 +83,11 @@ class Local:
     def step(self, eta_x: float, eta_y: float, d: int) -> OneStep:
         """Identity Q for Gaussian directions and exact slopes."""
         return identity_q(eta_x, eta_y, self.gx_sq, self.gy_sq, d, self.trace.value, self.xHx, self.yHy, self.xHy)
+
+
+def further(so_far: Mean, precision: float, most: int) -> int:
+    """How many directions to have next: what the spread so far says, at most twice what there are, since a few say little about it."""
+    return min(directions_needed(so_far, AIM * precision, most), 2 * so_far.n)
 
 
 def one_step(
@@ -309,15 +314,14 @@ class _Probe:
     def _stages(
         self, purpose: str, factors: list[float], peft: list[float], precision: float, most: int
     ) -> tuple[list[Mean], list[Mean]]:
-        """Per factor: mean change of the base alone, and what moving PEFT too adds to base and PEFT. A pilot sets how many directions
-        each takes; where its spread was small by chance, another round takes what is missing."""
+        """Per factor: mean change of the base alone, and what moving PEFT too adds to base and PEFT, each over as many directions as its
+        error asks for (see `further`)."""
         every = range(len(factors))
         alone: list[list[tuple[float, float]]] = [[] for _ in every]  # per factor: (h, z) of direction 0, 1, ...
         joint: list[list[tuple[float, float]]] = [[] for _ in every]
         wanted = [min(PILOT, most)] * len(factors)
         wanted_joint = [min(PILOT // 2, most) if self.peft is not None else 0] * len(factors)
-        aim = AIM * precision
-        for _ in range(ROUNDS):
+        while True:
             for j in range(max(wanted + wanted_joint)):
                 add_joint = {i for i in every if len(joint[i]) <= j < wanted_joint[i]}
                 needed = [i for i in every if i in add_joint or len(alone[i]) <= j < wanted[i]]
@@ -333,17 +337,17 @@ class _Probe:
                     if i in add_joint:
                         joint[i].append((more[0, place], z[0]))
             own = [mean_change(*zip(*c, strict=True)) for c in alone]
-            wanted = [directions_needed(m, aim, most) for m in own]
-            if self.peft is None:
-                added = [Mean(0.0, 0.0, m.n) for m in own]
-                continue
-            added = [mean_change(*zip(*c, strict=True)) for c in joint]
-            # The joint mean is judged against the joint change, and half of its error budget is the base's.
-            wanted_joint = [
-                directions_needed(Mean(0.7 * (m.value + p + a.value), a.stderr, a.n), aim, most)
-                for m, p, a in zip(own, peft, added, strict=True)
-            ]
-        return own, added
+            wanted = [further(m, precision, most) for m in own]
+            added = [Mean(0.0, 0.0, m.n) for m in own]
+            if self.peft is not None:
+                added = [mean_change(*zip(*c, strict=True)) for c in joint]
+                # The joint mean is judged against the joint change, and half of its error budget is the base's.
+                wanted_joint = [
+                    further(Mean(0.7 * (m.value + p + a.value), a.stderr, a.n), precision, most)
+                    for m, p, a in zip(own, peft, added, strict=True)
+                ]
+            if all(len(alone[i]) >= wanted[i] and len(joint[i]) >= wanted_joint[i] for i in every):
+                return own, added
 
     def _samples(
         self, purpose: str, factors: Sequence[float], peft: Sequence[float], alone: range, both: range

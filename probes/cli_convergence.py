@@ -44,7 +44,7 @@ app = command_line()
 
 
 @app.command()
-@with_options_of(probe_smoothness, SHARED, rows=8)
+@with_options_of(probe_smoothness, SHARED, rows=6)
 def probe_convergence(
     method: Annotated[str, option(PLAN, "What moves the weights: hybrid-two-sided, hybrid, mezo, zo-adam, ...")] = "hybrid-two-sided",
     lr_base: Annotated[float | None, LR_BASE] = None,
