@@ -69,11 +69,18 @@ def most(estimated: int) -> int:
     return max(int(estimated / (1 - SHARE)), estimated + BYTES)
 
 
-def make_room(wanted: int, device: torch.device, limit: int | None) -> None:
+def watched(estimated: int) -> int:
+    """The level above which freed blocks are handed back: halfway to the most, since one call may still take more."""
+    return (estimated + most(estimated)) // 2
+
+
+def make_room(wanted: int, device: torch.device, limit: int | None) -> bool:
     """Hand freed blocks back before a call that takes ``wanted`` bytes, where the resident set would pass ``limit`` with them: a
-    block that is free may still not be where, or as large as, the next one is wanted."""
-    if limit is not None and device.type != "cuda" and resident(device) + wanted > limit:
-        give_back()
+    block that is free may still not be where, or as large as, the next one is wanted. False where it would pass it even so."""
+    if limit is None or device.type == "cuda" or resident(device) + wanted <= limit:
+        return True
+    give_back()
+    return resident(device) + wanted <= limit
 
 
 class _Mallinfo2(ctypes.Structure):

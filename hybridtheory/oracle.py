@@ -131,7 +131,7 @@ class Oracle:
         self.model, self.objective, self.batches, self.blocks = model, objective, list(batches), list(blocks)
         self.curvature = curvature
         self.memory_limit = memory_limit
-        self.promised: int | None = None  # a peak: freed blocks beyond it are handed back to the system
+        self.watched: int | None = None  # a resident set above which freed blocks are handed back to the system
         self.weights = [float(objective.weight(b)) for b in self.batches]
         self.total_weight = sum(self.weights)
         if not self.total_weight > 0:
@@ -268,6 +268,11 @@ class Oracle:
         self.weights[i : i + 1] = [float(self.objective.weight(b)) for b in halves]
         self.calls["halved"] += 1
 
+    def give_back(self) -> None:
+        """Hand freed blocks back above the level that is watched; no more where that does not help, since each one costs its pages anew."""
+        if not memory.make_room(0, self.device, self.watched):
+            self.watched = None
+
     @contextmanager
     def moved(self, blocks: Block | Sequence[Block], direction: Tensors, by: float) -> Iterator[None]:
         """The blocks' parameters are w + by * direction inside and bit for bit w after; costs one copy of the blocks."""
@@ -351,12 +356,14 @@ class Products:
                 i += 1
                 continue
             memory.make_room(VECTORS * self._vector, self.oracle.device, self.oracle.memory_limit)
-            memory.make_room(0, self.oracle.device, self.oracle.promised)
             try:
                 product = self._product(i)
                 # A graph that nobody will ask again is given up piece by piece on the way back through it.
                 last = None if i in self._kept else len(vectors) - 1
-                results = [product(v, rows, wanted, k != last) for k, v in enumerate(vectors)]
+                results = []
+                for k, v in enumerate(vectors):
+                    self.oracle.give_back()
+                    results.append(product(v, rows, wanted, k != last))
             except (RuntimeError, MemoryError) as error:
                 self._kept.clear()  # other micro-batches' graphs may be what is in the way; from now on none is kept
                 self._keep = False

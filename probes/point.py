@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from hybridtheory import curvature, extrapolation, forward
+from hybridtheory import curvature, extrapolation, forward, memory
 from hybridtheory.blocks import Block
 from hybridtheory.difference import Differences
 from hybridtheory.errors import UserError
@@ -160,9 +160,11 @@ def measure(
         gradients = {b.name: g for b, g in zip(groups, pass_.gradients, strict=True) if b.group != "base"}
         pass_.gradients.clear()
         for group in groups:
+            memory.give_back()
             inner = [b for b in finer if b.group == group.group]
             made |= _curvature(hess, group, inner, along, settings, index)
             made[group.name] = replace(made[group.name], noise=noise[group.name])
+        memory.give_back()
         if len(groups) == 2:
             coupling = curvature.coupling(
                 hess,
@@ -175,6 +177,7 @@ def measure(
             )
             limits = coupled(Point(index, step, pass_.loss, 0.0, made, coupling))
             if settings.margin and limits is not None and all(L > 0 for L in limits.values()):
+                memory.give_back()
                 # No name for the run: its basis would be held until the point is done.
                 margin = curvature.margin(
                     hess,
@@ -237,6 +240,7 @@ def _curvature(
         # Too large to keep Lanczos's vectors and sample beside them: second differences of the loss do most of the sampling.
         values = forward.Values(hess.oracle, group)
         more["stand_ins"] = [partial(values.quotient, h=settings.mu * share) for share in STAND_IN_STEPS]
+    memory.give_back()  # blocks that Lanczos freed are seldom where, or as large as, a trace wants them
     beside = found if len(parts) == 1 else None  # traces of several blocks have no use for the basis
     first = replace(first, basis=None)
     del found
