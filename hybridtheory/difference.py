@@ -111,6 +111,7 @@ class Differences(Products):
     def _gradient(self, i: int, wanted: list[Tensor]) -> Tensors:
         if i == self.oracle.ranks.rank:  # the first that is computed here
             self.oracle.calls["gradient"] += 1
+        self.oracle.give_back()
         with requires_grad(self.oracle.model, wanted):
             loss = self.oracle.loss(self.oracle.batches[i]) / self.oracle.total_weight
             return self.oracle.differentiate(loss, wanted)

@@ -81,7 +81,8 @@ def spectrum(
         last_beta=math.sqrt(left),
         forms=np.stack([f.parts for f in forms]),
     )
-    return Ends(refined, forms, beside)
+    # A trace leaves out the vectors of the two ends, and nobody asks for the basis again.
+    return Ends(replace(refined, basis=None), forms, beside)
 
 
 def _end(end: Estimate, form: Form) -> Estimate:

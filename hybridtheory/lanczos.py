@@ -73,6 +73,14 @@ def end_excess(d: int, steps: int, failure: float, mixed: bool = False) -> float
     return math.tanh(math.asinh(factor) / (2 * steps - 1)) ** 2
 
 
+def least_steps(d: int, failure: float, bound: float) -> int:
+    """Steps of a random start after which each end's one-sided bound lies within ``bound`` spreads of its Ritz value; d at most."""
+    steps = 1
+    while steps < d and _outer(end_excess(d, steps, failure)) > bound:
+        steps += 1
+    return steps
+
+
 def lanczos(
     matvec: Matvec,
     start: Tensors,
@@ -95,13 +103,14 @@ def lanczos(
     the other one far enough to know that it is the smaller. Without a kept
     basis the vectors lose orthogonality and converged values reappear as copies: ends stay right, copies only waste steps.
     ``below``: it is enough to know, with the bound's probability, that the upper end lies below this.
-    ``start`` is overwritten: on a large model every vector counts. Raises UserError for a product that is not finite.
+    ``start`` is taken over, and the list is empty after it: on a large model every vector counts.
+    Raises UserError for a product that is not finite.
     """
     d = sum(t.numel() for t in start)
     steps_allowed = min(max_steps, d)
     keep = d * steps_allowed <= BASIS_ELEMENTS if basis is None else basis
-    q = scale_(start, 1 / norm(start))
-    del start
+    q = scale_(list(start), 1 / norm(start))
+    start.clear()  # a caller's frame may hold the list until this returns
     previous: Tensors | None = None
     stored: list[torch.Tensor] = (
         [torch.empty(steps_allowed, local(t).numel(), dtype=t.dtype, device=t.device) for t in q] if keep else []
@@ -267,10 +276,10 @@ def spectrum(
         for _, (hv,) in hess.each([v], block):
             own.append([dot(v, hv)])
             total = add_(total, hv) if total else hv
+            del hv
         forms.append([form for (form,) in ranks.join(own, len(hess.oracle.batches))])
         return ranks.add_(total)
 
-    # Drawn in the call: a name here would hold the first vector until the last step.
     run = lanczos(matvec, start(), mixed=warm is not None, **options)
     whole = len({len(parts) for parts in forms}) == 1  # not where memory ran out midway and the micro-batches changed
     return replace(run, forms=np.array(forms) if whole else None)

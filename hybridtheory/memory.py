@@ -9,7 +9,9 @@ from functools import cache
 import psutil
 import torch
 
-GIVEN_BACK = 1 << 28  # bytes that are worth the walk through the heap
+GIVEN_BACK = 1 << 26  # bytes that are worth the walk through the heap
+# An estimate of a peak is promised to lie within this share of the peak, or within so many bytes of it where that is more.
+SHARE, BYTES = 0.2, 100 << 20
 _MMAP_MAX, _TRIM_THRESHOLD = -4, -1  # mallopt's names for them
 
 
@@ -30,6 +32,12 @@ def resident(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
 
 
+def allocated(device: torch.device) -> int:
+    """Bytes that were asked for and not freed: what two readings differ by is exact, also where freed blocks are kept."""
+    heap = None if device.type == "cuda" else _heap()
+    return resident(device) if heap is None else int(heap.uordblks + heap.hblkhd)
+
+
 def keep_freed() -> None:
     """Let glibc's allocator keep freed blocks, in huge pages, instead of handing each back to the system: what is as large as a
     gradient is otherwise mapped, zeroed page by page and unmapped at every use (a product on SmolLM2-135M: 9.7 s, and 6.2 s with
@@ -43,18 +51,36 @@ def keep_freed() -> None:
         libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def give_back() -> None:
-    """Hand freed blocks back to the system after all: where a phase ends whose blocks the next one will not fill."""
+def give_back(worth: int = GIVEN_BACK) -> None:
+    """Hand freed blocks back to the system after all, where they are more than ``worth`` bytes: where a phase ends whose blocks the
+    next one will not fill."""
     libc, heap = _glibc(), _heap()
-    if libc is not None and heap is not None and heap.fordblks > GIVEN_BACK:
+    if libc is not None and heap is not None and heap.fordblks > worth:
         libc.malloc_trim(0)
 
 
-def make_room(wanted: int, device: torch.device, limit: int | None) -> None:
+def within(estimated: int, measured: int) -> bool:
+    """Whether the promise was kept."""
+    return abs(estimated - measured) <= max(SHARE * measured, BYTES)
+
+
+def most(estimated: int) -> int:
+    """The largest peak of which the estimate keeps the promise."""
+    return max(int(estimated / (1 - SHARE)), estimated + BYTES)
+
+
+def watched(estimated: int) -> int:
+    """The level above which freed blocks are handed back: halfway to the most, since one call may still take more."""
+    return (estimated + most(estimated)) // 2
+
+
+def make_room(wanted: int, device: torch.device, limit: int | None) -> bool:
     """Hand freed blocks back before a call that takes ``wanted`` bytes, where the resident set would pass ``limit`` with them: a
-    block that is free may still not be where, or as large as, the next one is wanted."""
-    if limit is not None and device.type != "cuda" and resident(device) + wanted > limit:
-        give_back()
+    block that is free may still not be where, or as large as, the next one is wanted. False where it would pass it even so."""
+    if limit is None or device.type == "cuda" or resident(device) + wanted <= limit:
+        return True
+    give_back()
+    return resident(device) + wanted <= limit
 
 
 class _Mallinfo2(ctypes.Structure):

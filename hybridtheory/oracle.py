@@ -131,6 +131,7 @@ class Oracle:
         self.model, self.objective, self.batches, self.blocks = model, objective, list(batches), list(blocks)
         self.curvature = curvature
         self.memory_limit = memory_limit
+        self.watched: int | None = None  # a resident set above which freed blocks are handed back to the system
         self.weights = [float(objective.weight(b)) for b in self.batches]
         self.total_weight = sum(self.weights)
         if not self.total_weight > 0:
@@ -180,6 +181,7 @@ class Oracle:
         total: list[Tensors] = []
         for _, _, part in self.gradients(*blocks, rows=rows):
             total = [add_(t, p) for t, p in zip(total, part, strict=True)] if total else part
+            del part
         if not total:  # none of ``rows`` is computed here
             total = [zeros(b.tensors) for b in blocks or self.blocks]
         return [self.ranks.add_(t) for t in total]
@@ -204,7 +206,9 @@ class Oracle:
 
         with _requires_grad(self.model, tensors):
             for (loss, flat), own in self._each(self._own(picked), one):
-                yield own / weight, loss / own, split(flat, blocks)
+                parts = [split(flat, blocks)]
+                flat.clear()
+                yield own / weight, loss / own, parts.pop()  # held by the caller alone while the next one is made
         self.calls["gradient"] += 1
 
     def differentiate(self, loss: Tensor, tensors: Sequence[Tensor]) -> Tensors:
@@ -264,6 +268,11 @@ class Oracle:
         self.weights[i : i + 1] = [float(self.objective.weight(b)) for b in halves]
         self.calls["halved"] += 1
 
+    def give_back(self) -> None:
+        """Hand freed blocks back above the level that is watched; no more where that does not help, since each one costs its pages anew."""
+        if not memory.make_room(0, self.device, self.watched):
+            self.watched = None
+
     @contextmanager
     def moved(self, blocks: Block | Sequence[Block], direction: Tensors, by: float) -> Iterator[None]:
         """The blocks' parameters are w + by * direction inside and bit for bit w after; costs one copy of the blocks."""
@@ -316,6 +325,7 @@ class Products:
         self._kept: dict[int, Product] = {}
         self._keep = True  # until a graph would leave too little room
         self._vector = sum(t.numel() * t.element_size() for t in self._tensors)
+        self.graph_bytes: dict[int, int] = {}  # micro-batch -> what its graph holds, of those that were built
 
     def __call__(self, v: Tensors, inp: Blocks = None, out: Blocks = None) -> Tensors:
         """H[out, inp] v: tensors aligned with ``out``'s (``out`` defaults to ``inp``, ``inp`` to all blocks of the context)."""
@@ -326,12 +336,16 @@ class Products:
         totals: list[Tensors] = [[] for _ in vectors]
         for _, hvs in self.each(vectors, inp, out):
             totals = [add_(t, hv) if t else hv for t, hv in zip(totals, hvs, strict=True)]
+            del hvs
         return [self.oracle.ranks.add_(t) for t in totals]
 
     def each(
         self, vectors: Sequence[Tensors], inp: Blocks = None, out: Blocks = None
     ) -> Iterator[tuple[int, list[Tensors]]]:
-        """Per micro-batch of this process: its number, and s_b H_b v for every vector (over all processes they sum to H v)."""
+        """Per micro-batch of this process: its number, and s_b H_b v for every vector (over all processes they sum to H v).
+
+        Who lets go of them before asking for the next micro-batch's holds them once, not twice.
+        """
         inputs = _listed(inp) or self.blocks
         outputs = _listed(out) or inputs
         rows = [self._slot[id(t)] for b in inputs for t in b.tensors]
@@ -346,14 +360,19 @@ class Products:
                 product = self._product(i)
                 # A graph that nobody will ask again is given up piece by piece on the way back through it.
                 last = None if i in self._kept else len(vectors) - 1
-                results = [product(v, rows, wanted, k != last) for k, v in enumerate(vectors)]
+                results = []
+                for k, v in enumerate(vectors):
+                    self.oracle.give_back()
+                    results.append(product(v, rows, wanted, k != last))
             except (RuntimeError, MemoryError) as error:
                 self._kept.clear()  # other micro-batches' graphs may be what is in the way; from now on none is kept
                 self._keep = False
                 self.oracle.halve(i, error)
                 continue
             del product
-            yield i, results
+            handed = [results]
+            del results
+            yield i, handed.pop()  # not held here while the next ones are made
             i += 1
         self.oracle.calls["product"] += len(vectors)
         self.oracle.calls[f"product:{'+'.join(sorted({b.group for b in inputs}))}"] += len(vectors)
@@ -365,10 +384,11 @@ class Products:
     def _product(self, i: int) -> Product:
         if i in self._kept:
             return self._kept[i]
-        before = memory.used(self.oracle.device)
+        before, allocated = memory.used(self.oracle.device), memory.allocated(self.oracle.device)
         build = _hessian if self.oracle.curvature == "hessian" else _gauss_newton
         product = build(self.oracle, self.oracle.batches[i], self._tensors)
         self.oracle.calls["graph"] += 1
+        self.graph_bytes[i] = max(memory.allocated(self.oracle.device) - allocated, 0)
         if self._keep:
             # Room for what a product holds beside the graphs, for the next graph, kept or not, and for what going back through it
             # takes: half of the graph on SmolLM2 and 420 tokens, at most as much. (What building this one took beyond the graph is

@@ -116,9 +116,7 @@ class _Samples:
         self.samples: dict[str, list[list[float]]] = {b.name: [] for b in blocks}  # z'H_i z by micro-batch
         self.squares: dict[str, list[float]] = {b.name: [] for b in blocks}
         self.count = 0
-        # Vectors that go through one graph together: as many as fit in half a gigabyte, each with its product.
-        size_of_one = sum(t.numel() * t.element_size() for b in blocks for t in b.tensors)
-        self.chunk = chunk or max(1, min(8, (1 << 28) // max(size_of_one, 1)))
+        self.chunk = chunk or together(sum(t.numel() * t.element_size() for b in blocks for t in b.tensors))
 
     def vector(self, block: Block, number: int, paired: bool) -> Tensors:
         """The block's part of the vector of that number; ``paired``: odd ones are the flips of those before them."""
@@ -142,6 +140,7 @@ class _Samples:
                 for j, hv in enumerate(hvs):
                     rows[-1] += [dot(z, part) for part, z in zip(split(hv, blocks), per_block[j], strict=True)]
                     totals[j] = add_(totals[j], hv) if totals[j] else hv
+                del hv, hvs
             forms = ranks.join(rows, len(self.hess.oracle.batches))
             totals = [ranks.add_(t) for t in totals]
             for j in range(size):
@@ -149,6 +148,7 @@ class _Samples:
                     self.samples[block.name].append([row[j * len(blocks) + i] for row in forms])
                     self.squares[block.name].append(dot(part, part))
             self.count += size
+            del per_block, vectors, totals, part  # before the next ones are drawn
 
     def totals(self, name: str) -> np.ndarray:
         """z'Hz of every vector so far, (n,)."""
@@ -281,6 +281,12 @@ def _stand_ins(far: np.ndarray, left: np.ndarray, exact: np.ndarray, unit: int, 
     excess = (n - 1) / float(stats.chi2.ppf(0.25, n - 1))
     # What the leftovers take cannot be won back here: at least half of the target is left to the stand-ins.
     return unit * math.ceil(min(excess * far.var(ddof=1) / max(room, (tol * mean) ** 2 / 2, 1e-300), 1e9))
+
+
+def together(size: int) -> int:
+    """Vectors of ``size`` bytes that go through one graph together: as many as fit in a quarter of a gigabyte. Beside them stand their
+    sums and the products of one micro-batch."""
+    return max(1, min(8, (1 << 28) // max(size, 1)))
 
 
 def flipped(block: Block) -> list[bool]:

@@ -11,8 +11,9 @@ from hybridtheory import shards
 
 Tensors = list[Tensor]
 
-# Inner products go through float64 in pieces of this many elements, so the widened copy stays small (32 MiB).
+# Inner products go through float64 in pieces of this many elements, so the widened copies stay small.
 _CHUNK = 1 << 22
+DOT_BYTES = 2 * 8 * _CHUNK  # what they take at most
 
 
 @torch.no_grad()

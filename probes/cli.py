@@ -125,7 +125,7 @@ def probe_smoothness(
         str | None,
         option(
             MACHINE,
-            "Most that the process may hold, like 8GiB: graphs that do not fit are rebuilt.",
+            "Most that the process may hold, like 8GiB: rows at a time, kept graphs and (with --engine auto) the engine are chosen to fit.",
             show_default="what is free",
         ),
     ] = None,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 from hybridtheory import memory, streams
 from hybridtheory.lanczos import BASIS_ELEMENTS
 from hybridtheory.oracle import Oracle
+from probes import memory_estimate
 from probes.records import Cost
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ VECTORS, STEPS, INNER_STEPS, PAIRS, MARGIN = 24, 18, 12, 7, 12
 VALUES_PER_DIRECTION, DELTAS = 10, 6
 # A model too large to keep Lanczos's vectors: products and stand-ins (two values each) of its trace.
 LARGE_VECTORS, STAND_INS = 10, 48
-LANCZOS_VECTORS = 2.5  # of a block's size, that an iteration holds beside the graphs, one vector and one product
 
 
 @dataclass
@@ -91,6 +91,7 @@ def estimate(probe: Probe, meter: Meter) -> Cost:
         return _values_only(probe, meter, value)
     gradient = timed(lambda: oracle.gradient(*groups))
     product = {}
+    trial = memory_estimate.begun(oracle)
     with oracle.products(*groups) as hess:
         graph = 0.0
         for group in groups:
@@ -99,7 +100,8 @@ def estimate(probe: Probe, meter: Meter) -> Cost:
             first = timed(call)  # the first of them builds the graph
             product[group.name] = timed(call)
             graph = max(graph, first - product[group.name])
-        held = memory.used(oracle.device)
+        resident = memory.resident(oracle.device)
+    trial = replace(trial, graphs=[b for _, b in sorted(hess.graph_bytes.items())], resident=resident)
     meter.unit = Unit(value, gradient, graph, product)
     vectors, steps = min(VECTORS, s.max_vectors), min(STEPS, s.max_steps)
     large = {g.group for g in groups if not inner and g.numel * min(s.max_steps, g.numel) > BASIS_ELEMENTS}
@@ -141,16 +143,17 @@ def estimate(probe: Probe, meter: Meter) -> Cost:
         + run_values * value
         + s.run_steps * (gradient + value) / 2
     )
-    largest = max(sum(t.numel() * t.element_size() for t in g.tensors) for g in groups)
-    basis = max((min(STEPS, s.max_steps) * 4 * g.numel for g in groups if g.group not in large), default=0)
-    return Cost(
-        "estimated",
-        gradients,
-        products,
-        s.points * point_values + run_values,
-        seconds,
-        max(held, peak(oracle)) + round(LANCZOS_VECTORS * largest) + basis,
-    )
+    held = expected_memory(oracle, memory_estimate.expected(oracle, groups, inner, s, trial))
+    return Cost("estimated", gradients, products, s.points * point_values + run_values, seconds, held.bytes, held.terms)
+
+
+def expected_memory(oracle: Oracle, found: memory_estimate.Peak) -> memory_estimate.Peak:
+    """The estimate, or what was held already; freed blocks are handed back from now on where they would break the promise on it."""
+    so_far = peak(oracle)
+    if so_far >= found.bytes:
+        found = memory_estimate.Peak(so_far, "loading, preflight and one call of each kind")
+    oracle.watched = memory.watched(found.bytes)
+    return found
 
 
 def _values_only(probe: Probe, meter: Meter, value: float) -> Cost:
@@ -160,6 +163,7 @@ def _values_only(probe: Probe, meter: Meter, value: float) -> Cost:
     base = 2 * 4 * s.directions + 4 * max(s.max_vectors // 4, 8) + s.directions * VALUES_PER_DIRECTION + 40
     point = base * blocks + 2 * DELTAS * max(s.directions // 3, 2)
     values = s.points * point + 3 * s.run_steps
-    largest = max(sum(t.numel() * t.element_size() for t in g.tensors) for g in probe.groups)
     seconds = time.perf_counter() - meter.started + values * value
-    return Cost("estimated", 0, 0, values, seconds, peak(probe.oracle) + 2 * largest)
+    trial = memory_estimate.begun(probe.oracle)
+    held = expected_memory(probe.oracle, memory_estimate.expected(probe.oracle, probe.groups, [], s, trial))
+    return Cost("estimated", 0, 0, values, seconds, held.bytes, held.terms)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from hybridtheory import curvature, extrapolation, forward
+from hybridtheory import curvature, extrapolation, forward, memory
 from hybridtheory.blocks import Block
 from hybridtheory.difference import Differences
 from hybridtheory.errors import UserError
@@ -109,6 +109,7 @@ class GradientPass:
         for share, value, parts in oracle.gradients(*blocks):
             own.append([share, value, *(dot(p, p) / share for p in parts)])
             total = [add_(t, p) for t, p in zip(total, parts, strict=True)] if total else parts
+            del parts
         total = [oracle.ranks.add_(t) for t in total]
         for share, value, *squares in oracle.ranks.join(own, len(oracle.batches)):
             loss += share * value
@@ -159,9 +160,11 @@ def measure(
         gradients = {b.name: g for b, g in zip(groups, pass_.gradients, strict=True) if b.group != "base"}
         pass_.gradients.clear()
         for group in groups:
+            memory.give_back()
             inner = [b for b in finer if b.group == group.group]
             made |= _curvature(hess, group, inner, along, settings, index)
             made[group.name] = replace(made[group.name], noise=noise[group.name])
+        memory.give_back()
         if len(groups) == 2:
             coupling = curvature.coupling(
                 hess,
@@ -174,7 +177,9 @@ def measure(
             )
             limits = coupled(Point(index, step, pass_.loss, 0.0, made, coupling))
             if settings.margin and limits is not None and all(L > 0 for L in limits.values()):
-                run = curvature.margin(
+                memory.give_back()
+                # No name for the run: its basis would be held until the point is done.
+                margin = curvature.margin(
                     hess,
                     limits,
                     settings.seed,
@@ -183,8 +188,7 @@ def measure(
                     tol=0.05,
                     ends=("max",),
                     below=1.0,  # whether it exceeds 1 is the question
-                )
-                margin = run.lam_max
+                ).lam_max
     scales: dict[str, Any] = {"phi": {}, "finite_scale": {}}
     for group in groups if settings.scales else ():
         phi, finite = at_finite_scale(
@@ -236,11 +240,14 @@ def _curvature(
         # Too large to keep Lanczos's vectors and sample beside them: second differences of the loss do most of the sampling.
         values = forward.Values(hess.oracle, group)
         more["stand_ins"] = [partial(values.quotient, h=settings.mu * share) for share in STAND_IN_STEPS]
-    traces = measure_traces(
-        hess, parts, settings.seed, tol=settings.trace_tol, max_vectors=vectors, index=index, beside=found, **more
-    )
+    memory.give_back()  # blocks that Lanczos freed are seldom where, or as large as, a trace wants them
+    beside = found if len(parts) == 1 else None  # traces of several blocks have no use for the basis
     first = replace(first, basis=None)
     del found
+    traces = measure_traces(
+        hess, parts, settings.seed, tol=settings.trace_tol, max_vectors=vectors, index=index, beside=beside, **more
+    )
+    del beside
     if inner:
         forms = np.sum([traces[b.name].forms for b in inner], axis=0)
         squares = [traces[b.name].trace_sq for b in inner]

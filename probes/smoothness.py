@@ -26,6 +26,7 @@ from probes import forward_point, rates
 from probes.cost_estimate import Meter, estimate
 from probes.fits import fits
 from probes.given import Given, evaluating, given
+from probes.memory_choice import fitted
 from probes.point import Settings, measure
 from probes.provenance import provenance
 from probes.records import (
@@ -59,11 +60,13 @@ def run(
 
     ``restore`` False leaves the weights where the reference run ends, and saves a copy of them, for a caller that loaded them itself.
     """
-    probe = Probe.of(task, settings)
+    probe, fewer = fitted(task, settings, done)
     meter = Meter(probe.oracle, progress)
     yield header(probe, "smoothness", origin or {})
     with _restored(probe.groups) if restore else nullcontext():
         yield from _warnings(task)
+        if fewer:
+            yield Warning(fewer, "memory")
         if probe.oracle.engine == "forward":
             yield from forward_point.unknown(probe.groups)
         yield from _preflight(probe, meter)

@@ -133,7 +133,10 @@ def cost(estimated: Cost, actual: Cost | None = None) -> RenderableType:
         if c is not None:
             calls = [count(c.gradients), count(c.products), count(c.values)]
             rows.append([c.phase, *calls, seconds(c.seconds), memory(c.memory_bytes)])
-    return grid(["cost", "gradients", "products", "forwards", "time", "peak memory"], rows)
+    table = grid(["cost", "gradients", "products", "forwards", "time", "peak memory"], rows)
+    if actual is not None or not estimated.note:
+        return table
+    return Group(table, Text(f"peak memory, {estimated.note}", style="dim"))
 
 
 def preflight(found: Preflight) -> RenderableType:
