@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -16,10 +17,11 @@ from tiny_models import FILMS, write
 from typer.testing import CliRunner
 
 from hybridtheory.errors import UserError
-from probes import cli_sweep, jsonl, rundir, sweep, sweep_cell, sweep_description, sweep_study, train
+from probes import cli_sweep, jsonl, rundir, sweep, sweep_cell, sweep_description, sweep_lines, sweep_study, train
 from probes import records as R
 from probes.sweep_description import study
 from probes.sweep_lines import Lines
+from probes.sweep_report import SweepReport
 from probes.sweep_work import half, work
 
 SMALL = {
@@ -202,9 +204,62 @@ def test_a_run_that_two_lines_share_is_made_once(whole):
     assert len({(c.axis, c.place, c.seed) for c in found}) == len(found) > len({c.id for c in found})
     for cell in found:
         first = next(c for c in found if c.id == cell.id)
-        labels = {"axis": cell.axis, "place": cell.place, "seconds": first.seconds}
+        labels = {"axis": cell.axis, "place": cell.place, "around": cell.around, "seconds": first.seconds}
         assert cell.seconds == 0 or cell is first
         assert same(cell, replace(first, **labels))
+
+
+@pytest.mark.parametrize("axis", ["scale", "ratio"])
+def test_a_joint_line_keeps_the_rates_it_began_around_when_optima_are_found_in_another_way(
+    made, whole, tmp_path, monkeypatch, axis
+):
+    lines = (whole[1] / rundir.RECORDS).read_text().splitlines(keepends=True)
+    begun = next(i for i, t in enumerate(lines) if '"kind": "cell"' in t and f'"axis": "{axis}"' in t)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / rundir.RECORDS).write_text("".join(lines[: begun + 1]))
+    found = sweep_lines.optimum
+
+    def elsewhere(*arguments):
+        best = found(*arguments)
+        return replace(best, rate=1.3 * best.rate, best=1.3 * best.best)
+
+    monkeypatch.setattr(sweep_lines, "optimum", elsewhere)
+    again = cells(run(made, folder, True))
+    expected, resumed = ([c for c in x if c.axis == axis] for x in (cells(whole[0]), again))
+    # Not only the run that was there: those that came after the change have the rates and losses of a sweep without it.
+    assert len(resumed) == len(expected) > 2 and by_place(resumed) == by_place(expected)
+    assert {c.around for c in resumed} == {expected[0].around}
+    report = SweepReport(rundir.load(folder))
+    [state] = [s for s in report.states if s.line.axis == axis]
+    assert state.around == expected[0].around and not report.warnings
+    # A line that had not begun goes around the optima of the day.
+    assert axis == "ratio" or {c.around for c in again if c.axis == "ratio"}.isdisjoint(
+        c.around for c in cells(whole[0])
+    )
+
+
+def test_records_that_do_not_say_what_a_line_goes_around_are_gone_on_with_and_one_warning_says_so(
+    made, whole, tmp_path
+):
+    """An older version's, cut in the middle of the scale line."""
+    text = [
+        re.sub(r', "around": (null|\[[^]]*\])', "", t)
+        for t in (whole[1] / rundir.RECORDS).read_text().splitlines(keepends=True)
+    ]
+    begun = next(i for i, t in enumerate(text) if '"kind": "cell"' in t and '"axis": "scale"' in t)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / rundir.RECORDS).write_text("".join(text[: begun + 1]))
+    again = run(made, folder, True)
+    [warning] = [r for r in again if isinstance(r, R.Warning)]
+    assert "runs of 1 joint line do not say" in warning.text and "tiny hybrid 3 steps scale" in warning.text
+    assert SweepReport(again).warnings == [warning.text] and warning.text in SweepReport(again).text()
+    first, *others = [c for c in cells(again) if c.axis == "scale"]
+    assert first.around is None and None not in {c.around for c in others}
+    assert by_place([replace(c, around=None) for c in cells(again)]) == by_place(
+        [replace(c, around=None) for c in cells(whole[0])]
+    )
 
 
 def test_a_slice_ends_cleanly_and_the_next_goes_on(made, whole, tmp_path):
