@@ -7,9 +7,11 @@ import math
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,7 @@ from probes import records as R
 from probes.sweep_description import study
 from probes.sweep_lines import Lines
 from probes.sweep_report import SweepReport
+from probes.sweep_watch import Watch
 from probes.sweep_work import half, work
 
 SMALL = {
@@ -331,6 +334,45 @@ def test_a_worker_that_dies_is_named_and_nothing_finished_is_lost(made, whole, t
     assert [c.id for c in done[: len(kept)]] == list(kept)
 
 
+def test_a_worker_that_leaves_no_sign_is_ended_and_one_that_does_is_not(tmp_path):
+    workers = {name: subprocess.Popen(["sleep", "600"]) for name in ("slow", "stuck")}
+    try:
+        for name, worker in workers.items():
+            (tmp_path / name).write_text(str(worker.pid))
+        (tmp_path / "new").write_text("")  # has not yet said who it is
+        watch = Watch(_folder=str(tmp_path))
+        for look in range(12):
+            if look % 4 == 0:  # just in time, every time
+                os.utime(tmp_path / "slow", ns=(look, look))
+            watch.look(1.0)
+            assert watch.hung == (set() if look < 5 else {"stuck"}), look
+        assert workers["stuck"].wait(60) == -signal.SIGKILL and workers["slow"].poll() is None
+        assert not (tmp_path / "stuck").exists()
+    finally:
+        for worker in workers.values():
+            worker.kill()
+            worker.wait()
+
+
+@dataclass
+class AtTheirPace(Watch):
+    """Looks only once every worker but the victim's has left a sign since the last look: a busy machine, on which none of them gets far
+    in a second, makes none of them hang.
+    """
+
+    victim: str = ""
+    before: dict[str, int] = field(default_factory=dict)
+
+    def look(self, timeout: float) -> None:
+        now = {}
+        for path in Path(self._folder).iterdir():
+            with suppress(OSError):  # it has just ended
+                now[path.name] = path.stat().st_mtime_ns
+        if all(now[name] != self.before.get(name) for name in now if name != self.victim):
+            self.before = now
+            super().look(timeout)
+
+
 def test_a_worker_that_hangs_is_ended_and_nothing_finished_is_lost(made, whole, tmp_path, monkeypatch):
     """One of two loky workers is stopped in the middle of its run, as a machine that swaps to death would stop it."""
     expected, _ = whole
@@ -353,7 +395,7 @@ def test_a_worker_that_hangs_is_ended_and_nothing_finished_is_lost(made, whole, 
     with pytest.raises(
         UserError, match=rf"the worker of cell {victim} \(tiny, .* made no progress for 1 s and was ended.*--resume"
     ):
-        run(made, folder, pool=sweep.Pool(2, timeout=1))
+        run(made, folder, pool=sweep.Pool(2, timeout=1), watch=AtTheirPace(victim=victim))
     kept = {c.id: jsonl.stable(c) for c in cells(rundir.load(folder))}
     assert len(kept) >= 6 and victim not in kept
     monkeypatch.undo()
