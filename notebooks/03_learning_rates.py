@@ -14,8 +14,9 @@
 # %% [markdown]
 # # 03. Which learning rates?
 #
-# A probe predicts a rate for the base, one for PEFT and their ratio; a sweep finds the best ones by running them. Live on the
-# embedded model with two seeds and a short horizon: the prediction first, then the sweep. Then the committed sweeps with their intervals.
+# A probe predicts a rate for the base, one for PEFT and their ratio; a sweep finds the best ones by running them. On the embedded
+# model with two seeds and a short horizon: the prediction first, from a committed probe, then the sweep, live. Then the committed sweeps
+# with their intervals.
 
 # %%
 from pathlib import Path
@@ -24,39 +25,41 @@ from hybridtheory.errors import UserError
 from paper_figs.records import load
 from probes import rundir, sweep_figures
 from probes.markdown import interval, number, rate
-from probes.point import Settings
+from probes.rates import recommendation
+from probes.records_sweep import SweepTask
 from probes.report import Report
-from probes.smoothness import run
 from probes.sweep import Sweep
 from probes.sweep_description import study
 from probes.sweep_report import AXES, SweepReport
 from probes.sweep_scores import unit
-from probes.tasks import load_task
 
 ROOT = Path.cwd() if (Path.cwd() / "docs").is_dir() else Path.cwd().parent
 REPORTS = ROOT / "docs" / "reports"
 
 # %% [markdown]
-# The prediction, from probes alone.
+# The prediction, from a probe alone: what was measured at two points of a short run, and the rates that it implies for the eight steps of
+# eight rows that are swept below. Notebook 01 makes such a probe live.
 
 # %%
-task = {"name": "lora", "rank": 8, "rows": 16}
-planned = Settings(points=2, secants=2, run_steps=6, directions=4, max_vectors=8, steps=8, batch_size=8)
-predicted = Report.of(run(load_task(rows=16, rank=8), planned)).recommendation
+probe = Report.of(load("scale-2-embedded", REPORTS, "notebook 03"))
+sizes = {b.name: b.d for b in probe.header.blocks if b.name == b.group}
+predicted = recommendation(probe.points, sizes, q=1, batch_size=8, steps=8, mu=1e-3)
 for name in ("base", "peft", "ratio"):
     print(f"predicted {name}: {rate(getattr(predicted, name))}")
 
 # %% [markdown]
-# The sweep: a grid of factor 3 on each rate alone.
+# The sweep: a grid of factor 3 on each rate alone, on the rows and with the adapter of the probe.
 
 # %%
+task = {"name": "lora", "rank": probe.header.peft.rank, "rows": probe.header.data.rows}
 description = {
-    "steps": 8, "seeds": 2, "axes": ["base", "peft"], "task": [task], "train": {"batch": 8, "eval_rows": 16},
+    "steps": 8, "seeds": 2, "axes": ["base", "peft"], "task": [task], "train": {"batch": 8, "eval_rows": probe.header.data.rows},
     "grid": {"base": predicted.base.value, "peft": predicted.peft.value, "points": 3, "extensions": 0, "refine": 3, "boundary": False},
 }  # fmt: skip
 found = []
 Sweep(study(description), found.append, lambda *said: None).run([], {})
 live = SweepReport(found)
+assert {t.data_sha256 for t in live.all(SweepTask)} == {probe.header.data.sha256}  # the same rows
 sweep_figures.drawn(live)["rates-lora-hybrid-8-steps"]
 
 

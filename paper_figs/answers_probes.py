@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from hybridtheory.errors import UserError
+from hybridtheory.estimate import Estimate
 from hybridtheory.intervals import block_means
 from hybridtheory.theory.descent import Mean, compare
 from hybridtheory.theory.moments_subspace import srgf_second_moment
@@ -96,14 +99,16 @@ def growth(reports: Path) -> str:
             e = estimator(found, "gaussian", group)
             told.append(f"d = {e.d:,}: {measured(e, 'second_moment', 1 / (e.d + 2))}")
     smooth = report(reports, "smoothness-smollm2-sst2")
-    worst, trace = (
-        there(r.value if r is not None else None, f"rate of the rule {rule}")
-        for rule in ("worst_case", "measured")
-        for r in [smooth.rate(rule, "base")]
-    )
+    worst, trace = (there(smooth.rate(rule, "base"), f"rate of the rule {rule}") for rule in ("worst_case", "measured"))
+    unit = there(worst.value, "rate of the rule worst_case")
+    times = number(there(trace.value, "rate of the rule measured") / unit)
+    sure = "the records hold no interval of either"
+    if trace.interval is not None:
+        times += f" ({interval((trace.interval[0] / unit, trace.interval[1] / unit))})"
+        sure = f"in brackets {trace.covers}; the worst case is 1 over an upper bound and has no interval"
     return (
         f"The second moment of one direction over its formula d + 2: {'; '.join(told)}. What the rate follows is another matter: on "
-        f"SmolLM2-135M the measured trace allows {number(trace / worst)} times the rate of the worst case, which goes as 1/d."
+        f"SmolLM2-135M the measured trace allows {times} times the rate of the worst case, which goes as 1/d ({sure})."
     )
 
 
@@ -197,39 +202,89 @@ def signed(x: float) -> str:
     return ("+" if x > 0 else "") + number(x)
 
 
-def ends(found: Report) -> list[tuple[float, float]]:
-    """Largest |λ| of the base's and of PEFT's Hessian at every point that has both."""
+@dataclass(frozen=True)
+class Bounds:
+    """A number and the ends between which it surely lies."""
+
+    value: float
+    low: float
+    high: float
+
+    def over(self, other: Bounds) -> Bounds:
+        return Bounds(self.value / other.value, self.low / other.high, self.high / other.low)
+
+    def __str__(self) -> str:
+        return f"{number(self.value)} ({interval((self.low, self.high))})"
+
+
+# The ends hold for one start of Lanczos with the confidence of their bounds; which rows are measured is not in them.
+COVERS = (
+    "from what Lanczos found, which errs low, to bounds that hold with {} % each; the choice of rows is not in them"
+)
+
+
+def largest(low: Estimate, high: Estimate) -> Bounds:
+    """|λ| of a Hessian with these ends. A Ritz value lies inside the spectrum: what Lanczos found bounds |λ| from below."""
+    value = max(-low.value, high.value)
+    found = max(-low.value - (low.numerical or 0.0), high.value - (high.numerical or 0.0))
+    outer = [e.upper if e.upper is not None else math.copysign(math.inf, sign) for e, sign in ((low, -1), (high, 1))]
+    return Bounds(value, found, max(-outer[0], outer[1]))
+
+
+def ends(found: Report) -> list[tuple[int, Bounds, Bounds]]:
+    """(step, largest |λ| of the base's Hessian, of PEFT's) at every point that has both."""
     told = []
     for p in found.points:
         here = [p.blocks[g] for g in ("base", "peft") if g in p.blocks]
-        tops = [
-            max(abs(b.lam_min.value), b.lam_max.value) for b in here if b.lam_min is not None and b.lam_max is not None
-        ]
+        tops = [largest(b.lam_min, b.lam_max) for b in here if b.lam_min is not None and b.lam_max is not None]
         if len(tops) == 2:
-            told.append((tops[0], tops[1]))
+            told.append((p.step, tops[0], tops[1]))
     first(told, f"point with both Hessians of {found.header.model.name}")
     return told
 
 
+def confidence(found: Sequence[Report]) -> str:
+    """Of the bounds of the ends of spectra, in percent; the least of them."""
+    blocks = [b for r in found for p in r.points for b in p.blocks.values()]
+    told = [e.confidence for b in blocks for e in (b.lam_min, b.lam_max) if e is not None and e.confidence is not None]
+    return f"{100 * min(told):.0f}" if told else "–"
+
+
 def scale(reports: Path) -> str:
-    told, scales, tops, passed = [], [], [], False
-    for name in ("scale-2-embedded", "scale-64-embedded"):
-        found = report(reports, name)
-        base, peft = ends(found)[0]
+    told, scales, tops, passed = [], [], [], []
+    small = [report(reports, name) for name in ("scale-2-embedded", "scale-64-embedded")]
+    for found in small:
+        _, base, peft = ends(found)[0]
         adapter = found.header.peft
         scales.append(there(adapter.scale if adapter is not None else None, "scale of an adapter"))
         tops.append(peft)
-        passed |= peft > base
-        told.append(f"α/r = {number(scales[-1], 2)}: {number(base)} and {number(peft)}")
-    power = np.polyfit(np.log(scales), np.log(tops), 1)[0]
-    ratios = [base / peft for base, peft in ends(report(reports, "smoothness-smollm2-sst2"))]
-    said = "At its usual scale yes" if min(ratios) > 1 else "Not always"
+        passed.append(True if peft.low > base.high else False if peft.high < base.low else None)
+        told.append(f"α/r = {number(scales[-1], 2)}: {base} and {peft}")
+    if scales[0] == scales[1]:
+        raise UserError("they hold one scale of the adapter and two are needed")
+    growth, span = tops[1].over(tops[0]), math.log(scales[1] / scales[0])
+    power = [math.log(x) / span if x > 0 else -math.inf for x in (growth.value, growth.low, growth.high)]
+    large = report(reports, "smoothness-smollm2-sst2")
+    along = [(step, base.over(peft)) for step, base, peft in ends(large)]
+    said = (
+        "At its usual scale yes"
+        if all(ratio.low > 1 for _, ratio in along)
+        else "Not always"
+        if any(ratio.high < 1 for _, ratio in along)
+        else "Not decided"
+    )
+    outcome = (
+        "a large enough scale makes it the less smooth of the two"
+        if True in passed
+        else "which of the two is the less smooth is not resolved at every one of these scales"
+        if None in passed
+        else "none of these scales makes it the less smooth of the two"
+    )
     return (
-        f"{said}: on SmolLM2-135M the base's largest |λ| is {number(min(ratios))} to {number(max(ratios))} times LoRA's along "
-        f"the run. At the start of the embedded model base and LoRA have {'; '.join(told)}: LoRA's grows as (α/r)^{power:.2f}, and theory "
-        f"says 2 while B = 0, so {'a large enough scale makes it' if passed else 'none of these scales makes it'} the "
-        "less smooth of the two. "
-        "Other initialisations are not measured yet."
+        f"{said}: on SmolLM2-135M the base's largest |λ| is {', '.join(f'{ratio} (step {step})' for step, ratio in along)} times LoRA's. "
+        f"At the start of the embedded model base and LoRA have {'; '.join(told)}: LoRA's grows as (α/r)^p with p = {number(power[0])} "
+        f"({number(min(power[1:]))} to {number(max(power[1:]))}), and theory says 2 while B = 0; {outcome}. In brackets: "
+        f"{COVERS.format(confidence([*small, large]))}. Other initialisations are not measured yet."
     )
 
 

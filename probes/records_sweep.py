@@ -53,6 +53,8 @@ class Cell:
 
     line     task, method, axis and horizon name the one-dimensional sweep; place is its coordinate: the rate itself ("base", "peft"),
              the factor on both optima ("scale") or on their ratio ("ratio"), 1 where rates are given ("fixed", "predicted").
+    around   what the place of a joint line ("scale", "ratio") is a factor on, as it was when the line began: rates (B, P) and the scale c.
+             Optima change with the code that finds them; a line that was begun does not. None on other lines, and in older records.
     ran      the method that was run: where one rate is zero, the method's other half gives the same weights for less.
     horizon  all cells of a line end at ``amount`` of it: steps, budget (forward-equivalents), tokens, seconds.
     start, final  loss of fixed training rows before and after; final is not finite where the run diverged.
@@ -87,5 +89,6 @@ class Cell:
     reason: str = ""
     predictions: str | None = None
     predictions_commit: str | None = None
+    around: tuple[float, float, float] | None = None
     seconds: float = field(default=0.0, metadata=VOLATILE)
     clock: list[float] = field(default_factory=list, metadata=VOLATILE)

@@ -22,6 +22,7 @@ from probes.predictions import refuse_other
 from probes.records import DataInfo, Header, ModelInfo, Record
 from probes.records_sweep import Cell, Predictions, SweepTask
 from probes.sweep_cell import Failed, Work, describe, run_cell, unload
+from probes.sweep_lines import Lines
 from probes.sweep_study import Study
 from probes.sweep_watch import Watch
 from probes.sweep_work import needed
@@ -122,6 +123,8 @@ class Sweep:
                 self.tasks[record.name, record.seed] = record
             elif isinstance(record, Cell):
                 self._keep(record)
+        for warning in Lines(self.study, self.cells.values()).warnings():
+            self.emit(warning)
         watched = self.pool.backend == "loky" and self.pool.jobs > 1
         with self.pool.open() as every, self.watch.watching(self.pool.timeout) if watched else nullcontext():
             for source in self.study.sources:

@@ -1,7 +1,8 @@
 """The lines of a sweep as far as they were run: scores, optimum, boundary, and which cells come next.
 
 Everything is a pure function of the study and of the finished cells, so a resumed sweep asks for what an uninterrupted one would have
-asked for. No model here: reports and figures read lines where torch is not.
+asked for. What a joint line goes around is settled when it begins and read from its cells from then on. No model here: reports and
+figures read lines where torch is not.
 """
 
 from __future__ import annotations
@@ -15,11 +16,14 @@ from typing import Any
 import numpy as np
 
 from hybridtheory.optimum import Optimum, boundary, ceiling, clipped, optimum
+from probes.records import Warning
 from probes.records_sweep import Cell
 from probes.sweep_grid import Score, best_of, canonical, edge, ends, wanted
 from probes.sweep_study import Line, Study
 
 ENDED = ("finished", "budget")
+JOINT = ("scale", "ratio")
+CENTRES = "centres of joint lines"  # what the warning of `Lines.warnings` is about
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ class Place:
 
 @dataclass
 class State:
-    """A line with what was run of it. around: (B, P, c), the rates and the scale that a joint line goes around."""
+    """A line with what was run of it. around: (B, P, c), the rates and the scale that a joint line goes around; None on other lines."""
 
     line: Line
     cells: dict[float, dict[int, Cell]]  # by place and seed
@@ -172,7 +176,7 @@ class Lines:
     def state(self, line: Line) -> State | None:
         """None where the line must wait for others: a joint line for the optima that it goes around."""
         around = None
-        if line.axis in ("scale", "ratio"):
+        if line.axis in JOINT:
             around = self._around(line)
             if around is None:
                 return None
@@ -223,7 +227,46 @@ class Lines:
         found = self.predicted(line, entry, around) if entry is not None and line.grid is not None else None
         return (canonical(found[0]),) if found else ()
 
+    def warnings(self) -> list[Warning]:
+        """One, where cells of an older version do not say what their line goes around."""
+        joint = [x for x in self.study.lines if x.axis in JOINT]
+        silent = [x for x in joint if (run := self._run(x)) and all(c.around is None for c in run)]
+        listed = ", ".join(f"{x.task} {x.method} {x.until} {x.axis}" for x in silent)
+        text = (
+            f"runs of {len(silent)} joint line{'s'[: len(silent) != 1]} do not say which rates their places are factors on, as an older "
+            f"version wrote them ({listed}): those are today's optima, or what was run, where today's optima are others"
+        )
+        return [Warning(text, CENTRES)] if silent else []
+
+    def _run(self, line: Line) -> list[Cell]:
+        return [c for by in self._by.get(line.key, {}).values() for c in by.values()]
+
     def _around(self, line: Line) -> tuple[float, float, float] | None:
+        """What a joint line goes around: today's optima where it has not begun, and what it began with where it has.
+
+        Today's optima may be others than those of the day on which the line began, since the code that finds them changes: the cells to
+        come would then be run at other rates than their places say.
+        """
+        run = self._run(line)
+        said = next((c.around for c in run if c.around is not None), None)
+        if said is not None:
+            return said
+        today = self._optima(line)
+        if not run:
+            return today
+        if today is not None:
+            state = State(line, {}, around=today)
+            if all(state.rates(c.place) == (c.lr_base, c.lr_peft) for c in run):
+                return today
+        first = run[0]
+        assert first.lr_base is not None and first.lr_peft is not None  # a joint line has both
+        if line.axis == "scale":
+            return canonical(first.lr_base / first.place), canonical(first.lr_peft / first.place), 1.0
+        spread = math.sqrt(first.place)
+        return canonical(first.lr_base * spread), canonical(first.lr_peft / spread), 1.0
+
+    def _optima(self, line: Line) -> tuple[float, float, float] | None:
+        """Of the lines that a joint line goes around; None while one of them is not done."""
         found = []
         for axis in ("base", "peft", *(["scale"] if line.axis == "ratio" else [])):
             other = next(

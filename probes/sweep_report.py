@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from probes import jsonl, rundir
 from probes.markdown import interval, number, percent, seconds, table
-from probes.records import Header, Record
+from probes.records import Header, Record, Warning
 from probes.records_sweep import Cell, Predictions, SweepTask
 from probes.sweep_compare import Compared, Table, over_tasks, tables
 from probes.sweep_lines import Lines, State
@@ -53,6 +53,13 @@ class SweepReport:
     def scores(self) -> list[Score]:
         return scores(self.lines)
 
+    @cached_property
+    def warnings(self) -> list[str]:
+        """Those of the sweep itself, and what the lines say of their cells where the sweep, not resumed since, could not."""
+        told = self.all(Warning)
+        about = {w.about for w in told}
+        return [w.text for w in (*told, *(w for w in self.lines.warnings() if w.about not in about))]
+
     # ---- report.json ----
 
     def json(self) -> dict[str, Any]:
@@ -64,6 +71,7 @@ class SweepReport:
             "lines": [self._line(s) for s in self.states], "scores": [jsonl.plain(s) for s in self.scores],
             "methods": [self._table(t) for t in self.tables],
             "over_tasks": {m: {"share": v, "interval": jsonl.plain(i), "tasks": n} for m, (v, i, n) in over_tasks(self.tables).items()},
+            "warnings": self.warnings,
         }  # fmt: skip
 
     def _line(self, state: State) -> dict[str, Any]:
@@ -89,7 +97,7 @@ class SweepReport:
         return jsonl.plain({**{k: v for k, v in vars(found).items() if k != "rows"}, "rows": rows})  # type: ignore[no-any-return]
 
     def summary(self) -> list[str]:
-        """A line for every swept line, and the best method of every table."""
+        """A line for every swept line, the best method of every table, and the warnings."""
         out = []
         for s in self.states:
             best, k = s.optimum, unit(s)
@@ -110,7 +118,7 @@ class SweepReport:
                 f"{t.task}, {in_words(t.horizon, t.amount)}: "
                 + (" < ".join(ranked) or "no method moved by five standard errors")
             )
-        return out
+        return [*out, *(f"warning: {text}" for text in self.warnings)]
 
     # ---- report.md ----
 
@@ -141,7 +149,7 @@ class SweepReport:
             out.append(
                 f"- **{t.name}**: {t.model} ({t.architecture}, {t.dtype}), {adapter}, {sizes}; {t.rows} rows of {t.data}."
             )
-        return [*out, ""]
+        return [*out, "", *(x for text in self.warnings for x in (f"**Warning:** {text}.", ""))]
 
     def rates(self) -> list[str]:
         states = [s for s in self.states if s.line.grid is not None and s.whole]

@@ -50,32 +50,38 @@ class Watch:
 
     hung: set[str] = field(default_factory=set)
     _folder: str = ""
+    _seen: dict[str, tuple[int, int]] = field(default_factory=dict)  # by cell: its last sign, and looks since
 
     def sign(self, cell: str) -> str | None:
         """Where the worker of a cell leaves its signs."""
         return f"{self._folder}/{cell}" if self._folder else None
 
+    def look(self, timeout: float) -> None:
+        """Once at the sign of every worker; those that looked the same for ``timeout`` seconds of looks are ended."""
+        for path in Path(self._folder).iterdir():
+            with suppress(OSError, ValueError):  # it has just ended, or has not yet said who it is
+                self._look(path, timeout)
+
+    def _look(self, path: Path, timeout: float) -> None:
+        # Looks are counted and not seconds: a machine that slept, or a sweep that was stopped, finds its workers well.
+        touched = path.stat().st_mtime_ns
+        before, looks = self._seen.get(path.name, (touched, 0))
+        self._seen[path.name] = touched, looks + 1 if touched == before else 0
+        if looks * OFTEN > timeout:
+            worker = int(path.read_text())
+            self.hung.add(path.name)
+            path.unlink()
+            os.kill(worker, signal.SIGKILL)
+
     @contextmanager
     def watching(self, timeout: float) -> Iterator[None]:
         """``timeout``: seconds without a sign of life."""
-        over, seen = threading.Event(), dict[str, tuple[int, int]]()
-
-        def look(path: Path) -> None:
-            # Looks are counted and not seconds: a machine that slept, or a sweep that was stopped, finds its workers well.
-            touched = path.stat().st_mtime_ns
-            before, looks = seen.get(path.name, (touched, 0))
-            seen[path.name] = touched, looks + 1 if touched == before else 0
-            if looks * OFTEN > timeout:
-                worker = int(path.read_text())
-                self.hung.add(path.name)
-                path.unlink()
-                os.kill(worker, signal.SIGKILL)
+        over = threading.Event()
+        self._seen.clear()
 
         def watch() -> None:
             while not over.wait(OFTEN):
-                for path in Path(self._folder).iterdir():
-                    with suppress(OSError, ValueError):  # it has just ended, or has not yet said who it is
-                        look(path)
+                self.look(timeout)
 
         with tempfile.TemporaryDirectory(prefix="hybrid-sweep-", ignore_cleanup_errors=True) as self._folder:
             thread = threading.Thread(target=watch, daemon=True)

@@ -59,7 +59,7 @@ def work(study: Study, tasks: Tasks, state: State, place: float, seed: int, **wh
     task = tasks[source.name, source.seed_of(seed)]
     fields = {
         "task": line.task, "method": line.method, "axis": line.axis, "horizon": line.horizon, "amount": line.amount, "place": place,
-        "lr_base": base, "lr_peft": peft, "seed": seed,
+        "lr_base": base, "lr_peft": peft, "seed": seed, "around": state.around,
     }  # fmt: skip
     return Work(identity(task, settings, study.threads), source, task, settings, fields, study.threads, **where)
 

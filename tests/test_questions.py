@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from made_up_run import made_up_run
 from made_up_sweep import TASK, made_up
 
 from hybridtheory.errors import UserError
+from hybridtheory.estimate import Estimate
 from hybridtheory.intervals import block_means
 from paper_figs import answers_probes as probed
 from paper_figs import answers_sweeps as swept
@@ -21,6 +23,7 @@ from probes import rundir
 from probes.jsonl import encode
 from probes.records_convergence import Descent
 from probes.records_estimators import Compared
+from probes.records_smoothness import Rate
 from probes.sweep_description import study
 from probes.sweep_report import SweepReport
 
@@ -89,6 +92,82 @@ def test_reshaping_is_decided_only_where_the_excess_is_resolved(tmp_path: Path) 
             write(tmp_path, name, [estimator("subzero:rank=8,refresh=1", "peft", second_moment=moment)])
         text = probed.reshaping(tmp_path)
         assert text.startswith(said) and f"{100 * excess:.2g}" in text and "± 0.059 times d" in text
+
+
+# ---- growth with the dimension, scale of the adapter -----------------------------------------------------------------
+
+
+def smooth(points: list[tuple[float, float, float]], alpha: float = 8.0, upper: float = 1.1) -> list[R.Record]:
+    """A made-up run whose Hessians have these (least of the base, largest of the base, largest of PEFT) and bounds ``upper`` times them."""
+
+    def block(found: R.Point, name: str, low: float, high: float) -> Any:
+        ends = {k: Estimate(v, upper=upper * v, confidence=0.9) for k, v in (("lam_min", low), ("lam_max", high))}
+        return replace(found.blocks[name], **ends)
+
+    records, todo = [], iter(points)
+    for r in made_up_run("group"):
+        if isinstance(r, R.Header):
+            assert r.peft is not None
+            r = replace(r, peft=replace(r.peft, alpha=alpha, scale=alpha / 4))
+        if isinstance(r, R.Point):
+            low, base, peft = next(todo)
+            r = replace(r, blocks={"base": block(r, "base", low, base), "peft": block(r, "peft", -peft / 2, peft)})
+        records.append(r)
+    return records
+
+
+def adapters(reports: Path, large: list[tuple[float, float, float]], peft: float) -> str:
+    """The answer where LoRA's largest |λ| is 1 at α/r = 2 and ``peft`` at α/r = 64."""
+    write(reports, "smoothness-smollm2-sst2", smooth(large))
+    for name, top, alpha in (("scale-2-embedded", 1.0, 8.0), ("scale-64-embedded", peft, 256.0)):
+        write(reports, name, smooth([(-1.0, 100.0, top)] * 3, alpha))
+    return probed.scale(reports)
+
+
+def test_the_scale_of_an_adapter_is_told_between_the_bounds_of_its_spectra(tmp_path: Path) -> None:
+    said = adapters(tmp_path, [(-1.0, 30.0, 10.0), (-60.0, 30.0, 10.0), (-1.0, 20.0, 10.0)], 1024.0)
+    # From the value over the other's bound, 1.1 times its value, to the reverse; of the second point the least eigenvalue is the largest.
+    assert said.startswith(
+        "At its usual scale yes: on SmolLM2-135M the base's largest |λ| is 3.00 (2.73 to 3.30) (step 0)"
+    )
+    assert "6.00 (5.45 to 6.60) (step 12), 2.00 (1.82 to 2.20) (step 24) times LoRA's" in said
+    assert (
+        "α/r = 2.0: 100 (100 to 110) and 1.00 (1.00 to 1.10); α/r = 64: 100 (100 to 110) and 1,024 (1,024 to 1,126)"
+        in said
+    )
+    assert "with p = 2.00 (1.97 to 2.03), and theory says 2" in said and "hold with 90 % each" in said
+    assert "a large enough scale makes it the less smooth of the two" in said
+
+
+@pytest.mark.parametrize(
+    ("base", "peft", "start", "outcome"),
+    [
+        (10.5, 50.0, "Not decided", "none of these scales makes it"),
+        (10.5, 105.0, "Not decided", "is not resolved at every one of these scales"),
+        (5.0, 50.0, "Not always", "none of these scales makes it"),
+    ],
+)
+def test_what_is_not_resolved_decides_nothing_about_the_scale(
+    tmp_path: Path, base: float, peft: float, start: str, outcome: str
+) -> None:
+    said = adapters(tmp_path, [(-1.0, 30.0, 10.0), (-1.0, base, 10.0), (-1.0, 30.0, 10.0)], peft)
+    assert said.startswith(start) and outcome in said
+
+
+def test_growth_with_the_dimension_has_the_interval_of_the_trace(tmp_path: Path) -> None:
+    for name in ("estimators-embedded", "estimators-smollm2"):
+        moment = Compared(10_002.0, 100.0, 10_002.0)
+        write(tmp_path, name, [estimator("gaussian", g, second_moment=moment) for g in ("base", "peft")])
+    for ends, told in (((2e-4, 8e-4), "400 (200 to 800) times"), (None, "400 times")):
+        rates = [
+            R.Rates("worst_case", "envelope", Rate(1e-6), None, None),
+            R.Rates("measured", "envelope", Rate(4e-4, ends, "the trace within 2 standard errors"), None, None),
+        ]
+        write(tmp_path, "smoothness-smollm2-sst2", [*made_up_run("group")[:-1], *rates, R.End("finished")])
+        said = probed.growth(tmp_path)
+        assert f"allows {told} the rate of the worst case" in said
+        assert ("in brackets the trace within 2 standard errors" in said) == (ends is not None)
+        assert ("the records hold no interval" in said) == (ends is None)
 
 
 # ---- captured energy -------------------------------------------------------------------------------------------------

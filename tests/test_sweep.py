@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
+import subprocess
 import sys
 import time
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -16,10 +19,12 @@ from tiny_models import FILMS, write
 from typer.testing import CliRunner
 
 from hybridtheory.errors import UserError
-from probes import cli_sweep, jsonl, rundir, sweep, sweep_cell, sweep_description, sweep_study, train
+from probes import cli_sweep, jsonl, rundir, sweep, sweep_cell, sweep_description, sweep_lines, sweep_study, train
 from probes import records as R
 from probes.sweep_description import study
 from probes.sweep_lines import Lines
+from probes.sweep_report import SweepReport
+from probes.sweep_watch import Watch
 from probes.sweep_work import half, work
 
 SMALL = {
@@ -202,9 +207,62 @@ def test_a_run_that_two_lines_share_is_made_once(whole):
     assert len({(c.axis, c.place, c.seed) for c in found}) == len(found) > len({c.id for c in found})
     for cell in found:
         first = next(c for c in found if c.id == cell.id)
-        labels = {"axis": cell.axis, "place": cell.place, "seconds": first.seconds}
+        labels = {"axis": cell.axis, "place": cell.place, "around": cell.around, "seconds": first.seconds}
         assert cell.seconds == 0 or cell is first
         assert same(cell, replace(first, **labels))
+
+
+@pytest.mark.parametrize("axis", ["scale", "ratio"])
+def test_a_joint_line_keeps_the_rates_it_began_around_when_optima_are_found_in_another_way(
+    made, whole, tmp_path, monkeypatch, axis
+):
+    lines = (whole[1] / rundir.RECORDS).read_text().splitlines(keepends=True)
+    begun = next(i for i, t in enumerate(lines) if '"kind": "cell"' in t and f'"axis": "{axis}"' in t)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / rundir.RECORDS).write_text("".join(lines[: begun + 1]))
+    found = sweep_lines.optimum
+
+    def elsewhere(*arguments):
+        best = found(*arguments)
+        return replace(best, rate=1.3 * best.rate, best=1.3 * best.best)
+
+    monkeypatch.setattr(sweep_lines, "optimum", elsewhere)
+    again = cells(run(made, folder, True))
+    expected, resumed = ([c for c in x if c.axis == axis] for x in (cells(whole[0]), again))
+    # Not only the run that was there: those that came after the change have the rates and losses of a sweep without it.
+    assert len(resumed) == len(expected) > 2 and by_place(resumed) == by_place(expected)
+    assert {c.around for c in resumed} == {expected[0].around}
+    report = SweepReport(rundir.load(folder))
+    [state] = [s for s in report.states if s.line.axis == axis]
+    assert state.around == expected[0].around and not report.warnings
+    # A line that had not begun goes around the optima of the day.
+    assert axis == "ratio" or {c.around for c in again if c.axis == "ratio"}.isdisjoint(
+        c.around for c in cells(whole[0])
+    )
+
+
+def test_records_that_do_not_say_what_a_line_goes_around_are_gone_on_with_and_one_warning_says_so(
+    made, whole, tmp_path
+):
+    """An older version's, cut in the middle of the scale line."""
+    text = [
+        re.sub(r', "around": (null|\[[^]]*\])', "", t)
+        for t in (whole[1] / rundir.RECORDS).read_text().splitlines(keepends=True)
+    ]
+    begun = next(i for i, t in enumerate(text) if '"kind": "cell"' in t and '"axis": "scale"' in t)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / rundir.RECORDS).write_text("".join(text[: begun + 1]))
+    again = run(made, folder, True)
+    [warning] = [r for r in again if isinstance(r, R.Warning)]
+    assert "runs of 1 joint line do not say" in warning.text and "tiny hybrid 3 steps scale" in warning.text
+    assert SweepReport(again).warnings == [warning.text] and warning.text in SweepReport(again).text()
+    first, *others = [c for c in cells(again) if c.axis == "scale"]
+    assert first.around is None and None not in {c.around for c in others}
+    assert by_place([replace(c, around=None) for c in cells(again)]) == by_place(
+        [replace(c, around=None) for c in cells(whole[0])]
+    )
 
 
 def test_a_slice_ends_cleanly_and_the_next_goes_on(made, whole, tmp_path):
@@ -276,6 +334,45 @@ def test_a_worker_that_dies_is_named_and_nothing_finished_is_lost(made, whole, t
     assert [c.id for c in done[: len(kept)]] == list(kept)
 
 
+def test_a_worker_that_leaves_no_sign_is_ended_and_one_that_does_is_not(tmp_path):
+    workers = {name: subprocess.Popen(["sleep", "600"]) for name in ("slow", "stuck")}
+    try:
+        for name, worker in workers.items():
+            (tmp_path / name).write_text(str(worker.pid))
+        (tmp_path / "new").write_text("")  # has not yet said who it is
+        watch = Watch(_folder=str(tmp_path))
+        for look in range(12):
+            if look % 4 == 0:  # just in time, every time
+                os.utime(tmp_path / "slow", ns=(look, look))
+            watch.look(1.0)
+            assert watch.hung == (set() if look < 5 else {"stuck"}), look
+        assert workers["stuck"].wait(60) == -signal.SIGKILL and workers["slow"].poll() is None
+        assert not (tmp_path / "stuck").exists()
+    finally:
+        for worker in workers.values():
+            worker.kill()
+            worker.wait()
+
+
+@dataclass
+class AtTheirPace(Watch):
+    """Looks only once every worker but the victim's has left a sign since the last look: a busy machine, on which none of them gets far
+    in a second, makes none of them hang.
+    """
+
+    victim: str = ""
+    before: dict[str, int] = field(default_factory=dict)
+
+    def look(self, timeout: float) -> None:
+        now = {}
+        for path in Path(self._folder).iterdir():
+            with suppress(OSError):  # it has just ended
+                now[path.name] = path.stat().st_mtime_ns
+        if all(now[name] != self.before.get(name) for name in now if name != self.victim):
+            self.before = now
+            super().look(timeout)
+
+
 def test_a_worker_that_hangs_is_ended_and_nothing_finished_is_lost(made, whole, tmp_path, monkeypatch):
     """One of two loky workers is stopped in the middle of its run, as a machine that swaps to death would stop it."""
     expected, _ = whole
@@ -298,7 +395,7 @@ def test_a_worker_that_hangs_is_ended_and_nothing_finished_is_lost(made, whole, 
     with pytest.raises(
         UserError, match=rf"the worker of cell {victim} \(tiny, .* made no progress for 1 s and was ended.*--resume"
     ):
-        run(made, folder, pool=sweep.Pool(2, timeout=1))
+        run(made, folder, pool=sweep.Pool(2, timeout=1), watch=AtTheirPace(victim=victim))
     kept = {c.id: jsonl.stable(c) for c in cells(rundir.load(folder))}
     assert len(kept) >= 6 and victim not in kept
     monkeypatch.undo()

@@ -64,6 +64,32 @@ def test_a_place_has_the_rates_that_were_run():
     assert [p.lr_peft for p in now.whole] == pytest.approx([1.25 * p.lr_peft for p in was.whole])
 
 
+@pytest.mark.parametrize("factor", [1.0, 1.25])
+def test_an_older_joint_line_goes_around_what_was_run(factor):
+    """Without ``around``, and with other optima (factor 1.25) today than when it was begun."""
+    made = study({"task": [{"name": "a"}], "seeds": 3})
+    records = made_up(made, bowl)
+    older = [
+        replace(r, around=None, **({"lr_base": r.lr_base * factor, "lr_peft": r.lr_peft / factor} if r.around else {}))
+        if isinstance(r, R.Cell)
+        else r
+        for r in records
+    ]
+    new, old = (sweep_report.SweepReport(x) for x in (records, older))
+    assert not new.warnings and not new.json()["warnings"]
+    [warning] = old.warnings
+    assert "runs of 2 joint lines do not say" in warning and f"**Warning:** {warning}." in old.text()
+    assert f"warning: {warning}" in old.summary() and old.json()["warnings"] == [warning]
+    for was, now in zip(new.states, old.states, strict=True):
+        if was.around is None or now.around is None:
+            assert was.line.axis in ("base", "peft") and was.around is now.around
+            continue
+        if factor == 1:
+            assert now.around == was.around
+        for place in now.whole:
+            assert now.rates(place.place) == pytest.approx((place.lr_base, place.lr_peft), rel=1e-5)
+
+
 def test_an_edge_is_flagged_in_the_report():
     made = study({"task": [{"name": "a"}], "axes": ["base"], "grid": {"base": 1e-9, "extensions": 1}})
     text = sweep_report.SweepReport(made_up(made, bowl)).text()
