@@ -270,7 +270,7 @@ class _Probe:
             measured["base"] = alone
             # Enough other directions that their error stays within a few percent of the largest step too.
             other = max(LEAST_OTHER, max(m.n for m in alone) // 2)
-            # What moving both adds is small beside the base's own change: half of them are enough for it, here and in the pilot.
+            # Half of them are enough for a prediction of what moving both adds: it is small beside the base's own change.
             own, extra = self._samples("fitted", FITTED_AT, peft_fit, range(other), range(other // 2))
             start_x = -self.eta_x * local.gx_sq
             fitted["base"] = fitted_changes(FITTED_AT, own[0] / np.square(own[1])[:, None], start_x, factors)
@@ -320,7 +320,7 @@ class _Probe:
         alone: list[list[tuple[float, float]]] = [[] for _ in every]  # per factor: (h, z) of direction 0, 1, ...
         joint: list[list[tuple[float, float]]] = [[] for _ in every]
         wanted = [min(PILOT, most)] * len(factors)
-        wanted_joint = [min(PILOT // 2, most) if self.peft is not None else 0] * len(factors)
+        wanted_joint = [min(PILOT, most) if self.peft is not None else 0] * len(factors)
         while True:
             for j in range(max(wanted + wanted_joint)):
                 add_joint = {i for i in every if len(joint[i]) <= j < wanted_joint[i]}

@@ -38,7 +38,7 @@ QUESTIONS = (
     Question("How does hybrid stand beside SGD and Adam?", ("methods-embedded",), swept.baselines),
     Question(
         "How do base and PEFT updates combine, and when does the coupling term help or hurt?",
-        ("convergence-embedded",),
+        ("coupling-embedded",),
         probed.coupling,
     ),
     Question(

@@ -41,6 +41,7 @@ COMMANDS = {
     "estimators-smollm2": Made("probe-estimators smollm2 --data sst2", small=False),
     "estimators-embedded": Made("probe-estimators"),
     "convergence-embedded": Made("probe-convergence"),
+    "coupling-embedded": Made("probe-convergence --rows 8 --runs 1"),
     "bounds-embedded": Made("probe-convergence --lr-base 4e-5 --lr-peft 1e-3"),
     "convergence-smollm2": Made(
         "probe-convergence smollm2 --data sst2 --rows 8 --rates docs/reports/smoothness-smollm2-sst2/trainer.toml --max-memory 8GiB",
