@@ -173,7 +173,7 @@ def joint(base: Descent, peft: Descent, both: Descent) -> tuple[float, float]:
 
 
 def coupling(reports: Path) -> str:
-    rows = [r for r in load("convergence-embedded", reports, WHO) if isinstance(r, Descent) and r.factor == 1]
+    rows = [r for r in load("coupling-embedded", reports, WHO) if isinstance(r, Descent) and r.factor == 1]
     told, most = [], 0.0
     steps: dict[str, list[str]] = {"helps": [], "hurts": [], "is not resolved": []}
     for step in dict.fromkeys(r.step for r in rows):
