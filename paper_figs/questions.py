@@ -114,20 +114,25 @@ def page(reports: Path = REPORTS) -> str:
     return "\n".join(out) + "\n"
 
 
-def main() -> int:
+def write(to: Path, text: Callable[[], str]) -> int:
+    """Write a page of the docs; the exit code, with one sentence where that fails."""
     try:
-        PAGE.write_text(page(), encoding="utf-8")
+        to.write_text(text(), encoding="utf-8")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
         print(
-            f"error: {PAGE} cannot be written ({error.strerror or error}): run it in the repository's root",
+            f"error: {to} cannot be written ({error.strerror or error}): run it in the repository's root",
             file=sys.stderr,
         )
         return 2
-    print(PAGE)
+    print(to)
     return 0
+
+
+def main() -> int:
+    return write(PAGE, page)
 
 
 if __name__ == "__main__":

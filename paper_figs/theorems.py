@@ -9,6 +9,7 @@ from pathlib import Path
 
 from hybridtheory.errors import UserError
 from hybridtheory.theory.checks import Hypothesis
+from paper_figs.questions import write
 from paper_figs.records import REPORTS, load
 from probes import rundir
 from probes.markdown import number
@@ -122,19 +123,7 @@ def filled(page: str, said: dict[str, str]) -> str:
 
 
 def main() -> int:
-    try:
-        PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), column()), encoding="utf-8")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(
-            f"error: {PAGE} cannot be written ({error.strerror or error}): run it in the repository's root",
-            file=sys.stderr,
-        )
-        return 2
-    print(PAGE)
-    return 0
+    return write(PAGE, lambda: filled(PAGE.read_text(encoding="utf-8"), column()))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from hybridtheory import memory
 from hybridtheory.errors import UserError
 from probes.adapters import TYPES
 from probes.encoding import Row
@@ -41,7 +42,7 @@ def try_out(task: Task, peft: str) -> None:
             task.notes.append("this output layer needs all positions: the logits of whole rows are computed")
         task.padding_exact = _padding_is_exact(task, [by_length[0], other], loss)
     except (ValueError, TypeError, RuntimeError, AttributeError, IndexError, NotImplementedError, KeyError) as error:
-        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+        if memory.exhausted(error):
             raise  # not this pair's fault: whoever chose the sizes handles it
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:240]
         raise UserError(
